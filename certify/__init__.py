@@ -1,0 +1,83 @@
+"""Certified robustness: sound bounds, attacks and Lipschitz constants for PyTorch networks.
+
+domain = certify.LpBall(x, radius=8/255, p=torch.inf, clip=(0.0, 1.0))
+spec = certify.class_margins(labels, classes=10)
+certify.prove(model, domain, spec, method="crown").verdicts
+"""
+
+from certify import activations, attacks, lipschitz, ops, oracle, propagate
+from certify.activations.base import Activation
+from certify.activations.enclose import Curve
+from certify.activations.smooth import Smooth
+from certify.bounding import bounds, layer_bounds
+from certify.enclosures import Interval, LinearBounds, Relaxation
+from certify.errors import (
+    CertifyError,
+    InvalidFile,
+    InvalidInput,
+    InvalidModel,
+    MissingDependency,
+    SoundnessAlarm,
+    UnsupportedOperation,
+)
+from certify.propagate.attribute import NodeBlame, explain
+from certify.propagate.methods import CROWN, IBP, CrownIBP
+from certify.registry import (
+    discover,
+    register_activation,
+    register_attack,
+    register_estimator,
+    register_method,
+    register_op,
+)
+from certify.results import AttackResult, Certificate, LipschitzEstimate, Verdict
+from certify.sets import Box, LpBall, PerturbationSet
+from certify.specs import Spec, class_margins, logit_sign, output_band
+from certify.verify import certified_radius, prove
+
+for _folder in (activations, ops, propagate, attacks, lipschitz, oracle):
+    discover(_folder.__name__, _folder.__path__)  # type: ignore[arg-type]
+del _folder
+
+__all__ = [
+    "CROWN",
+    "IBP",
+    "Activation",
+    "AttackResult",
+    "Box",
+    "Certificate",
+    "CertifyError",
+    "CrownIBP",
+    "Curve",
+    "Interval",
+    "InvalidFile",
+    "InvalidInput",
+    "InvalidModel",
+    "LinearBounds",
+    "LipschitzEstimate",
+    "LpBall",
+    "MissingDependency",
+    "NodeBlame",
+    "PerturbationSet",
+    "Relaxation",
+    "Smooth",
+    "SoundnessAlarm",
+    "Spec",
+    "UnsupportedOperation",
+    "Verdict",
+    "attacks",
+    "bounds",
+    "certified_radius",
+    "class_margins",
+    "explain",
+    "layer_bounds",
+    "lipschitz_constant",
+    "logit_sign",
+    "output_band",
+    "prove",
+    "register_activation",
+    "register_attack",
+    "register_estimator",
+    "register_method",
+    "register_op",
+]

@@ -1,0 +1,150 @@
+"""Lower bounds: the largest Jacobian norm that a multi-start ascent meets.
+
+A Jacobian at a differentiable point of the domain is a limit of difference quotients, so no Lipschitz constant lies
+below its norm. Values of CLEVER's kind, extrapolated from samples, are estimates and have no place here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor, nn
+
+from certify.errors import InvalidInput
+from certify.lipschitz.estimate import Question
+from certify.registry import register_estimator
+from certify.results import LipschitzEstimate
+from certify.sets import PerturbationSet
+from certify.specs import Spec
+
+#: Points are drawn back by this share towards their random start: off kinks and off the faces of the domain.
+_INWARD = 1e-6
+
+
+@register_estimator("jacobian")
+@dataclass(frozen=True, kw_only=True)
+class JacobianAscent:
+    """A lower bound of the Lipschitz constant: a norm of the Jacobian, or of a spec row's gradient, actually met.
+
+    ``starts`` random points per sample (from the domain, or normal ones of several sizes without one) climb for
+    ``steps`` rounds along the norm's own gradient, or along its top input direction where that is 0 (piecewise
+    linear networks), and by random moves; a move that does not help is undone and made smaller. Memory and time
+    grow with the number of outputs. ``generator`` None means a fixed seed.
+    """
+
+    starts: int = 16
+    steps: int = 30
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if self.starts < 1 or self.steps < 0:
+            raise InvalidInput(f"starts={self.starts}, steps={self.steps}", "starts >= 1, steps >= 0")
+
+    def estimate(self, question: Question) -> LipschitzEstimate:
+        """Return the bound, side "lower"; ``rows`` are the best gradients met per sample."""
+        generator = self.generator if self.generator is not None else torch.Generator().manual_seed(0)
+        domain, spec, graph = question.domain, question.spec, question.graph
+        x = _starts(question, self.starts, generator)
+        climb = _Climb(graph.model, x, domain, question.p, _claims(spec, len(x), self.starts, domain))
+        for step in range(self.steps):
+            climb.step(generator, follow=step % 3 != 2)
+        best = climb.best.view(-1, self.starts, climb.best.shape[1]).amax(1)
+        if spec is None:
+            return LipschitzEstimate(float(best.max()), "lower", "jacobian", question.p)
+        best = best if domain is not None else best.amax(0).view(spec.batch, -1)
+        rows = tuple(tuple(row) for row in best.tolist())
+        return LipschitzEstimate(float(best.max()), "lower", "jacobian", question.p, {}, rows)
+
+
+class _Climb:
+    """Points [n, *shape] that climb side by side; ``best`` [n, quantities] are the norms met so far."""
+
+    def __init__(self, model: nn.Module, x: Tensor, domain: PerturbationSet | None, p: float, C: Tensor | None) -> None:
+        self.model, self.p, self.C = model, p, C
+        self.origin, self.x = x, x
+        self.domain = None if domain is None else domain.take(_owners(domain.batch, len(x)).to(x.device))
+        spread = x.std().clamp(min=1e-3) if domain is None else _half_width(self.domain)
+        self.reach = spread * torch.ones(len(x), dtype=x.dtype, device=x.device)
+        self.norms, self.direction = self._norms(x)
+        self.best = self.norms
+
+    def step(self, generator: torch.Generator, *, follow: bool) -> None:
+        """Move every point, keep the moves that raise its largest norm, shorten the others."""
+        noise = torch.randn(self.x.shape, generator=generator, dtype=torch.float64, device=generator.device)
+        direction = self.direction if follow else noise.to(self.x.device)
+        length = direction.flatten(1).abs().amax(1).clamp(min=1e-300)
+        trial = self.x + direction * _column(self.reach / length, self.x)
+        if self.domain is not None:
+            trial = self.domain.project(trial)
+        trial = trial + _INWARD * (self.origin - trial)
+        norms, directions = self._norms(trial)
+        self.best = torch.fmax(self.best, norms)
+        better = norms.amax(1) > self.norms.amax(1)
+        self.x = torch.where(_column(better, trial), trial, self.x)
+        self.norms = torch.where(better[:, None], norms, self.norms)
+        self.direction = torch.where(_column(better, trial), directions, -self.direction)
+        self.reach = torch.where(better, self.reach, self.reach * 0.7)
+
+    def _norms(self, x: Tensor) -> tuple[Float64[Tensor, "n quantities"], Tensor]:
+        """The norms at x, and a direction in which the largest one may grow."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            jacobian = self._jacobian(x)
+            if self.C is not None:
+                dual = 2 if self.p == 2 else 1
+                norms = torch.linalg.vector_norm(jacobian, ord=dual, dim=2)
+            elif self.p == 2:
+                norms = torch.linalg.matrix_norm(jacobian, ord=2)[:, None]
+            else:
+                norms = jacobian.abs().sum(2).amax(1, keepdim=True)
+            top = norms.amax(1).sum()
+            (uphill,) = torch.autograd.grad(top, x, allow_unused=True) if top.requires_grad else (None,)
+        strongest = jacobian.detach()[torch.arange(len(x)), jacobian.detach().abs().sum(2).argmax(1)].view_as(x)
+        uphill = torch.zeros_like(x) if uphill is None else uphill.nan_to_num(nan=0.0)
+        flat = (uphill == 0).flatten(1).all(1)
+        return norms.detach().nan_to_num(nan=0.0), torch.where(_column(flat, x), strongest, uphill)
+
+    def _jacobian(self, x: Tensor) -> Float64[Tensor, "n rows features"]:
+        """The Jacobian of the outputs, or of the spec's rows."""
+        y = self.model(x).flatten(1)
+        y = y if self.C is None else torch.einsum("nro,no->nr", self.C, y)
+        rows = []
+        for i in range(y.shape[1]):
+            (row,) = torch.autograd.grad(y[:, i].sum(), x, create_graph=True)
+            rows.append(row.flatten(1))
+        return torch.stack(rows, 1)
+
+
+def _starts(question: Question, n: int, generator: torch.Generator) -> Float64[Tensor, "n *shape"]:
+    """Random points, those of one sample together."""
+    graph, domain = question.graph, question.domain
+    if domain is not None:
+        return domain.sample(n, generator).transpose(0, 1).flatten(0, 1).to(graph.device)
+    draws = torch.randn((n, *graph.input_shape), generator=generator, dtype=torch.float64, device=generator.device)
+    sizes = torch.tensor([0.1, 0.3, 1.0, 3.0], dtype=torch.float64).repeat(n // 4 + 1)[:n]
+    return (draws * _column(sizes.to(draws.device), draws)).to(graph.device)
+
+
+def _claims(spec: Spec | None, points: int, starts: int, domain: PerturbationSet | None) -> Tensor | None:
+    """C per point: its own sample's rows with a domain, the rows of all samples without."""
+    if spec is None:
+        return None
+    if domain is not None:
+        return spec.C.repeat_interleave(starts, 0)
+    return spec.C.flatten(0, 1).expand(points, -1, -1)
+
+
+def _owners(batch: int, points: int) -> Tensor:
+    return torch.arange(batch).repeat_interleave(points // batch)
+
+
+def _half_width(domain: PerturbationSet | None) -> Tensor:
+    assert domain is not None
+    return (domain.hull.width / 2).flatten(1).amax(1)
+
+
+def _column(v: Tensor, x: Tensor) -> Tensor:
+    """Per-point values in a shape that broadcasts against x."""
+    return v.view(-1, *[1] * (x.ndim - 1))

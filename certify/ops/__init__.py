@@ -1,0 +1,1 @@
+"""Bound rules of operations, one file per family; every module of this folder registers its own."""

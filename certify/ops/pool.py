@@ -1,0 +1,159 @@
+"""Pooling: averages and other non-negative linear maps, and max-pooling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from certify.activations.base import outward
+from certify.enclosures import Interval, Relaxation
+from certify.errors import UnsupportedOperation
+from certify.graph import Call
+from certify.ops.base import Affine, Pulled, Rule, inner
+from certify.ops.conv import _tuple
+from certify.registry import register_op
+from certify.rounding import gamma, tiny
+
+
+class Average(Affine):
+    """A linear map with non-negative weights, run as the model runs it: mean, sum, average pooling."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor], input_shape: tuple[int, ...], terms: int) -> None:
+        self.run, self.input_shapes = run, (input_shape,)
+        self.fan_in = self.fan_out = terms + 1  # the division is one more rounding
+
+    def linear(self, *xs: Tensor) -> Tensor:
+        return self.run(xs[0])
+
+
+@register_op(
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
+    torch.mean, torch.sum, "mean", "sum",
+)  # fmt: skip
+def average(call: Call) -> Average:
+    """Rule of averages over positions of a sample."""
+    ones = call.run(torch.ones((2, *call.input_shape), dtype=torch.float64))
+    if ones.shape != (2, *call.output_shape):
+        raise UnsupportedOperation(f"{call.kind} at {call.name!r} mixes the batch", "the batch stays dimension 0")
+    kernel = call.option("kernel_size", 1, None) if "avg_pool" in call.kind or "AvgPool" in call.kind else None
+    terms = (
+        math.prod(call.input_shape)
+        if kernel is None or "daptive" in call.kind
+        else math.prod(_tuple(kernel, len(call.input_shape) - 1))
+    )
+    return Average(call.run, call.input_shape, terms)
+
+
+class MaxPool(Rule):
+    """The maximum over windows.
+
+    Lower line: the input with the largest lower end. Upper line: that input alone if it dominates its window; else
+    the better at the middle of the box of the constant max u and of L + sum_j s_j (x_j - l_j) over the inputs with
+    u_j > L, s_j = (u_j - L)/(u_j - max(l_j, L)) clipped, where L is the largest lower end.
+    """
+
+    def __init__(self, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], *,
+                 dilation: tuple[int, ...], ceil_mode: bool, input_shape: tuple[int, ...]) -> None:  # fmt: skip
+        self.input_shape = input_shape
+        pool = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[len(kernel)]
+        self.run = lambda x: pool(x, kernel, stride, padding, dilation, ceil_mode)
+        self.windows = self._positions(kernel, stride, padding, dilation)
+
+    def _positions(self, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
+                   dilation: tuple[int, ...]) -> Tensor:  # fmt: skip
+        """Flat input positions of every window [outputs, k], -1 for padding, in the order of the outputs."""
+        channels, *spatial = self.input_shape
+        out = self.run(torch.zeros(1, 1, *spatial)).shape[2:]
+        axes = []
+        for n, m, k, s, p, d in zip(spatial, out, kernel, stride, padding, dilation, strict=True):
+            place = torch.arange(m)[:, None] * s - p + torch.arange(k) * d
+            axes.append(place.masked_fill((place < 0) | (place >= n), -1))
+        index = torch.zeros(1, 1, dtype=torch.long)
+        for axis, n in zip(axes, spatial, strict=True):
+            joint = index[:, None, :, None] * n + axis[None, :, None, :]
+            bad = (index < 0)[:, None, :, None] | (axis < 0)[None, :, None, :]
+            index = joint.masked_fill(bad, -1).flatten(2).flatten(0, 1)
+        shift = torch.arange(channels)[:, None, None] * math.prod(spatial)
+        return torch.where(index < 0, -1, index + shift).flatten(0, 1)
+
+    def _gather(self, x: Tensor, fill: float) -> Tensor:
+        flat = F.pad(x.flatten(1), (0, 1), value=fill)  # position -1 is the last one, the fill
+        return flat[:, self.windows.to(x.device)]
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return self.run(xs[0])
+
+    def interval(self, *zs: Interval) -> Interval:
+        return Interval(self.run(zs[0].lower), self.run(zs[0].upper))
+
+    def undecided(self, z: Interval) -> Tensor:
+        return z.lower < z.upper
+
+    def relax(self, *zs: Interval) -> Relaxation:
+        """Slopes are [batch, outputs, k] over the windows, offsets [batch, outputs]."""
+        z, dtype = zs[0].double(), zs[0].lower.dtype
+        low, up = self._gather(z.lower, -torch.inf), self._gather(z.upper, -torch.inf)
+        floor, best = low.max(-1)
+        lower_slope = F.one_hot(best, low.shape[-1]).double()
+        rival = up.masked_fill(lower_slope.bool(), -torch.inf).amax(-1)
+        dominated = floor >= rival
+        # L + sum of chords of max(x_j - L, 0): each chord is that of a ReLU on [l_j - L, u_j - L].
+        reach = (up - floor[..., None]).clamp(min=0)
+        run = (up - torch.maximum(low, torch.full_like(low, -1e300))).clamp(min=1e-300)
+        chord = torch.where(reach > 0, (reach / run).clamp(max=1), 0).to(dtype).double()
+        base = torch.where(reach > 0, torch.maximum(-chord * (low - floor[..., None]),
+                                                    reach - chord * (up - floor[..., None])), 0)  # fmt: skip
+        chord_offset = floor + base.sum(-1) - (chord * floor[..., None]).sum(-1)
+        middle = torch.where(reach > 0, (low + up) / 2, 0)
+        at_middle = (chord * middle).sum(-1) + chord_offset
+        ceiling = up.amax(-1)
+        use_chord = torch.isfinite(at_middle) & (at_middle < ceiling) & ~dominated
+        upper_slope = torch.where(use_chord[..., None], chord, 0)
+        upper_slope = torch.where(dominated[..., None], lower_slope, upper_slope)
+        offset = torch.where(use_chord, chord_offset, torch.where(dominated, 0, ceiling))
+        noise = torch.where(use_chord, 2.0**-44 * (ceiling.abs() + floor.abs() + base.sum(-1)), 0)
+        zero = torch.zeros_like(floor)
+        return outward(dtype, (lower_slope, zero), (upper_slope, offset + noise))
+
+    def pull_back(self, A: Tensor, relaxation: Relaxation | None) -> Pulled:
+        """Scatter the coefficients to the windows' inputs; overlapping windows add up."""
+        assert relaxation is not None
+        flat = A.flatten(1)
+        positive, negative = flat.clamp(min=0), flat.clamp(max=0)
+        parts = positive[..., None] * relaxation.lower_slope + negative[..., None] * relaxation.upper_slope
+        pulled = A.new_zeros(len(A), math.prod(self.input_shape) + 1)
+        index = self.windows.to(A.device).remainder(pulled.shape[1]).flatten()
+        pulled = pulled.index_add(1, index, parts.flatten(1))
+        offset = inner(positive, relaxation.lower_offset) + inner(negative, relaxation.upper_offset)
+        return (pulled[:, :-1].view(len(A), *self.input_shape),), offset
+
+    def rounding_error(self, *zs: Interval) -> Tensor:
+        """The maximum is exact; the engine multiplies by slopes in [0, 1] and adds where windows overlap."""
+        dtype, k = zs[0].lower.dtype, self.windows.shape[1]
+        size = self.run(zs[0].magnitude)
+        return size * (k * gamma(2 * k + 4, dtype) + gamma(size[0].numel() * k + 8, torch.float64)) + k * tiny(dtype)
+
+
+@register_op(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
+             torch.max_pool1d, torch.max_pool2d)  # fmt: skip
+def max_pool(call: Call) -> MaxPool:
+    """Rule of max-pooling."""
+    if call.option("return_indices", 6, False):
+        raise UnsupportedOperation(f"max-pool with indices at {call.name!r}", "return_indices=False")
+    dims = len(call.input_shape) - 1
+    kernel = _tuple(call.option("kernel_size", 1, None), dims)
+    stride: Any = call.option("stride", 2, None)
+    return MaxPool(
+        kernel,
+        _tuple(stride, dims) if stride else kernel,
+        _tuple(call.option("padding", 3, 0), dims),
+        dilation=_tuple(call.option("dilation", 4, 1), dims),
+        ceil_mode=bool(call.option("ceil_mode", 5, False)),
+        input_shape=call.input_shape,
+    )

@@ -1,0 +1,1 @@
+"""Other people's bounds behind our interface, for cross-checks."""

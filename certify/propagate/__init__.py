@@ -1,0 +1,1 @@
+"""Bound propagation: intervals forward (IBP), linear rows backward (CROWN), and what each node costs."""

@@ -1,0 +1,403 @@
+"""What may vary: perturbation sets. Norms live here and nowhere else.
+
+A set is a batch of convex bodies, one per sample. ``hull`` is its bounding box in float64; an ``LpBall`` with
+p = 1 or 2 that is clipped to the data range is the intersection of the ball with that box, and its support function
+is exact (one sort), not the minimum of two.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from fractions import Fraction
+from typing import TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+from torch import Tensor
+
+from certify.enclosures import Interval
+from certify.errors import InvalidInput
+from certify.rounding import gamma, round_down, round_up, step_down, step_up
+
+Clip = tuple[float | Tensor, float | Tensor]
+Radius = float | int | Fraction | Tensor
+SetT = TypeVar("SetT", bound="PerturbationSet")
+
+
+class PerturbationSet(ABC):
+    """A batch of convex sets of inputs; authors of a new set write the abstract methods.
+
+    ``center`` [batch, *shape] lies in the set and carries its dtype and device; ``hull`` is float64.
+    """
+
+    center: Tensor
+    hull: Interval
+
+    @property
+    def batch(self) -> int:
+        """The number of samples."""
+        return self.center.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+        return tuple(self.center.shape[1:])
+
+    @property
+    def is_box(self) -> bool:
+        """Whether the set is its own bounding box."""
+        return False
+
+    @abstractmethod
+    def support(self, a: Float[Tensor, "n *shape"]) -> Float64[Tensor, "n"]:
+        """Return max <a, x> over the set, never below it: float64, rounded upward. n = batch, or batch = 1."""
+
+    @abstractmethod
+    def steepest(self, a: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
+        """Return a point of the set at which <a, x> is largest (up to rounding inward)."""
+
+    @abstractmethod
+    def stride(self, a: Float[Tensor, "batch *shape"], length: float | None) -> Float[Tensor, "batch *shape"]:
+        """Return the step that raises <a, x> most, of the given length in the set's norm; None means the radius.
+
+        The data range is ignored: ``project`` follows. Attacks climb by it.
+        """
+
+    @abstractmethod
+    def project(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
+        """Return the point of the set nearest to ``x`` (l2), rounded inward: ``contains`` is true of it."""
+
+    @abstractmethod
+    def contains(self, x: Float[Tensor, "batch *shape"]) -> Bool[Tensor, "batch"]:
+        """Return whether each x lies in the set: float64, false in doubt."""
+
+    @abstractmethod
+    def take(self, index: Int[Tensor, "n"]) -> PerturbationSet:
+        """Return the sets of the samples ``index``."""
+
+    def interval(self) -> Interval:
+        """Return the bounding box in the set's dtype, rounded outward."""
+        dtype = self.center.dtype
+        return Interval(round_down(self.hull.lower, dtype), round_up(self.hull.upper, dtype))
+
+    def double(self) -> PerturbationSet:
+        """Return the same sets with their centres in float64, exactly."""
+        twin = copy.copy(self)
+        twin.center = self.center.double()
+        return twin
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n batch *shape"]:
+        """Return ``n`` random points of each set: uniform in the bounding box, then projected."""
+        device = generator.device if generator is not None else self.center.device
+        draws = torch.rand((n, *self.center.shape), dtype=torch.float64, generator=generator, device=device)
+        points = self.hull.lower + draws.to(self.center.device) * self.hull.width
+        return torch.stack([self.project(point.to(self.center.dtype)) for point in points])
+
+    def _inward(self, x: Tensor) -> Tensor:
+        """Clamp ``x`` to the floats inside the hull (the centre is one of them)."""
+        dtype = self.center.dtype
+        lower = torch.minimum(round_up(self.hull.lower, dtype), self.center)
+        upper = torch.maximum(round_down(self.hull.upper, dtype), self.center)
+        return torch.minimum(torch.maximum(x, lower), upper)
+
+    def _in_hull(self, x: Tensor) -> Tensor:
+        inside = (x.double() >= self.hull.lower) & (x.double() <= self.hull.upper)
+        return inside.flatten(1).all(1)
+
+
+class Box(PerturbationSet):
+    """{x : lower <= x <= upper}, elementwise; features with lower = upper are fixed.
+
+    ``lower`` and ``upper`` are [batch, *shape] in the model's dtype. Raises ``InvalidInput`` if they are not finite,
+    differ in shape, or lower > upper somewhere.
+    """
+
+    def __init__(self, lower: Float[Tensor, "batch *shape"], upper: Float[Tensor, "batch *shape"]) -> None:
+        _check_points("lower", lower)
+        _check_points("upper", upper)
+        if lower.shape != upper.shape or lower.dtype != upper.dtype:
+            raise InvalidInput(
+                f"lower {tuple(lower.shape)} {lower.dtype}, upper {tuple(upper.shape)} {upper.dtype}",
+                "two tensors of one shape and dtype",
+                "certify.Box(lower, upper) with both [batch, *shape]",
+            )
+        if (lower > upper).any():
+            raise InvalidInput(
+                f"lower > upper in {int((lower > upper).sum())} places",
+                "lower <= upper everywhere",
+                "swap or intersect the ends",
+            )
+        self.hull = Interval(lower.double(), upper.double())
+        middle = (self.hull.lower + self.hull.width / 2).to(lower.dtype)
+        self.center = torch.minimum(torch.maximum(middle, lower), upper)
+
+    @property
+    def is_box(self) -> bool:
+        return True
+
+    def support(self, a: Float[Tensor, "n *shape"]) -> Float64[Tensor, "n"]:
+        return _box_support(a, self.hull)
+
+    def steepest(self, a: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
+        ends = torch.where(a > 0, self.hull.upper, self.hull.lower)
+        return self._inward(torch.where(a == 0, self.center.double(), ends).to(self.center.dtype))
+
+    def stride(self, a: Float[Tensor, "batch *shape"], length: float | None) -> Float[Tensor, "batch *shape"]:
+        return a.sign() * ((self.hull.width / 2).to(a.dtype) if length is None else length)
+
+    def project(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
+        return self._inward(x)
+
+    def contains(self, x: Float[Tensor, "batch *shape"]) -> Bool[Tensor, "batch"]:
+        return self._in_hull(x)
+
+    def take(self, index: Int[Tensor, "n"]) -> Box:
+        return _view(self, index)
+
+
+class LpBall(PerturbationSet):
+    """{x : ||x - center||_p <= radius, clip[0] <= x <= clip[1]} for p = 1, 2 or inf, one ball per sample.
+
+    ``radius`` is a float, a ``Fraction`` (kept exact, rounded outward) or a tensor [batch], in the units of x.
+    Raises ``InvalidInput`` for NaN or negative radii, other p, or a centre outside ``clip``.
+    """
+
+    def __init__(
+        self,
+        center: Float[Tensor, "batch *shape"],
+        radius: Radius,
+        p: float = torch.inf,
+        clip: Clip | None = None,
+    ) -> None:
+        _check_points("center", center)
+        if p not in (1, 2, torch.inf):
+            raise InvalidInput(f"p = {p!r}", "p = 1, 2 or inf", "p=torch.inf for pixelwise perturbations")
+        self.center, self.p = center, float(p)
+        self.radius = _radii(radius, center)
+        reach = self.radius.view(-1, *[1] * (center.ndim - 1))
+        lower, upper = step_down(center.double() - reach), step_up(center.double() + reach)
+        # Where the radius is 0 the ball is its centre; outward steps would let fixed features move.
+        lower, upper = (torch.where(reach == 0, center.double(), end) for end in (lower, upper))
+        if clip is not None:
+            low, high = (torch.as_tensor(end, dtype=torch.float64, device=center.device) for end in clip)
+            if not bool(((center.double() >= low) & (center.double() <= high)).all()):
+                raise InvalidInput(
+                    f"a centre in [{center.min():.6g}, {center.max():.6g}]",
+                    f"centres inside the data range clip=({low.min():.6g}, {high.max():.6g})",
+                    "clip=(0.0, 1.0) for images in [0, 1], or clip=None",
+                )
+            lower, upper = torch.maximum(lower, low), torch.minimum(upper, high)
+        self.hull = Interval(lower, upper)
+        self._clipped = clip is not None
+
+    @property
+    def is_box(self) -> bool:
+        return self.p == torch.inf
+
+    def support(self, a: Float[Tensor, "n *shape"]) -> Float64[Tensor, "n"]:
+        if self.p == torch.inf:
+            return _box_support(a, self.hull)
+        b, center = a.double().flatten(1), self.center.double().flatten(1)
+        magnitude, cap = b.abs(), self._caps(b)
+        radius = self.radius.expand(len(b)) if len(self.radius) == 1 else self.radius
+        if not self._clipped:
+            dual = magnitude.amax(1) if self.p == 1 else magnitude.square().sum(1).sqrt()
+            rise = radius * dual
+        elif self.p == 1:
+            rise = _l1_dual(magnitude, cap, radius)
+        else:
+            rise = _l2_dual(magnitude, cap, radius)
+        error = gamma(3 * b.shape[1] + 20, torch.float64)
+        return (b * center).sum(1) + rise + error * ((magnitude * center.abs()).sum(1) + 2 * rise.abs())
+
+    def steepest(self, a: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
+        if self.p == torch.inf:
+            ends = torch.where(a > 0, self.hull.upper, self.hull.lower)
+            return self._cornered(torch.where(a == 0, self.center.double(), ends).to(self.center.dtype))
+        b = a.double().flatten(1)
+        magnitude, cap = b.abs(), self._caps(b)
+        if self.p == 1:
+            order = magnitude.argsort(1, descending=True)
+            room = cap.gather(1, order)
+            spent = room.cumsum(1) - room
+            move = torch.minimum(room, (self.radius[:, None] - spent).clamp(min=0))
+            step = torch.zeros_like(b).scatter(1, order, move)
+        else:
+            step = torch.minimum(magnitude * _l2_scale(magnitude, cap, self.radius)[:, None], cap)
+        step = torch.where(magnitude > 0, step, 0)
+        return self._land(self.center.double() + (step * b.sign()).view_as(a))
+
+    def stride(self, a: Float[Tensor, "batch *shape"], length: float | None) -> Float[Tensor, "batch *shape"]:
+        radius = self.radius.to(a.dtype).view(-1, *[1] * (a.ndim - 1))
+        size = radius if length is None else torch.full_like(radius, length)
+        if self.p == torch.inf:
+            return a.sign() * size
+        if self.p == 2:
+            norm = torch.linalg.vector_norm(a.double().flatten(1), dim=1).view_as(radius)
+            return (a / torch.where(norm > 0, norm, 1)).to(a.dtype) * size
+        across = (self.steepest(a) - self.steepest(-a)) / 2
+        return across * torch.where(radius > 0, size / radius, 0)
+
+    def project(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
+        if self.p == torch.inf:
+            return self._cornered(x)
+        v = (x.double() - self.center.double()).flatten(1)
+        magnitude, cap = v.abs(), self._caps(v)
+        if self.p == 2:  # KKT: min(|v| t, cap) with t <= 1
+            scale = _l2_scale(magnitude, cap, self.radius).clamp(max=1)[:, None]
+            step = torch.minimum(magnitude * scale, cap)
+        else:
+            step = _l1_shrink(magnitude, cap, self.radius)
+        return self._land(self.center.double() + (step * v.sign()).view_as(x))
+
+    def contains(self, x: Float[Tensor, "batch *shape"]) -> Bool[Tensor, "batch"]:
+        inside = self._in_hull(x)
+        if self.p == torch.inf:
+            return inside & ~_distance_exceeds(x, self.center, self.radius).flatten(1).any(1)
+        distance = (x.double() - self.center.double()).flatten(1)
+        norm = torch.linalg.vector_norm(distance, ord=self.p, dim=1)
+        return inside & (norm * (1 + gamma(distance.shape[1] + 8, torch.float64)) <= self.radius)
+
+    def take(self, index: Int[Tensor, "n"]) -> LpBall:
+        taken = _view(self, index)
+        taken.radius = self.radius[index]
+        return taken
+
+    def _caps(self, direction: Tensor) -> Tensor:
+        """How far each coordinate may move along ``direction`` [n, features], float64, rounded up."""
+        center = self.center.double()
+        up, down = ((step_up(end)).flatten(1) for end in (self.hull.upper - center, center - self.hull.lower))
+        return torch.where(direction > 0, up, down).clamp(min=0)
+
+    def _cornered(self, x: Tensor) -> Tensor:
+        """Clamp ``x`` to the linf ball's own floats: the ends of its hull were rounded outward."""
+        x = self._inward(x)
+        while bool((outside := _distance_exceeds(x, self.center, self.radius)).any()):
+            x = torch.where(outside, torch.nextafter(x, self.center), x)
+        return x
+
+    def _land(self, x: Tensor) -> Tensor:
+        """Round float64 points to the dtype towards the centre, and inside the ball whatever the rounding did."""
+        center = self.center.double()
+        for shrink in (1.0, 1 - 1e-12, 1 - 1e-7, 1 - 1e-5):
+            target = center + (x - center) * shrink
+            landed = target.to(self.center.dtype)
+            too_far = (landed.double() - center).abs() > (target - center).abs()
+            landed = self._inward(torch.where(too_far, torch.nextafter(landed, self.center), landed))
+            inside = self.contains(landed)
+            if bool(inside.all()):
+                return landed
+        return torch.where(inside.view(-1, *[1] * (x.ndim - 1)), landed, self.center)
+
+
+def _view(domain: SetT, index: Tensor) -> SetT:
+    """Shallow copy of ``domain`` with its per-sample tensors gathered."""
+    taken = object.__new__(type(domain))
+    taken.__dict__.update(domain.__dict__)
+    taken.center, taken.hull = domain.center[index], domain.hull[index]
+    return taken
+
+
+def _check_points(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise InvalidInput(f"{name} of type {kind}", "a float32 or float64 tensor", f"{name}.float()")
+    if x.ndim < 2 or x.numel() == 0:
+        raise InvalidInput(
+            f"{name} of shape {tuple(x.shape)}", "[batch, *shape], not empty", f"{name}.unsqueeze(0) for one"
+        )
+    if not bool(torch.isfinite(x).all()):
+        raise InvalidInput(f"{name} holds NaN or infinities", "finite numbers", "clean the data first")
+
+
+def _radii(radius: Radius, center: Tensor) -> Tensor:
+    """Return the radius per sample in float64, rounded up."""
+    batch, device = center.shape[0], center.device
+    if isinstance(radius, Tensor):
+        value = radius.detach().to(device=device, dtype=torch.float64)
+        if value.ndim > 1 or (value.ndim == 1 and len(value) != batch):
+            raise InvalidInput(f"radius of shape {tuple(radius.shape)}", f"a scalar or [{batch}]", "one per sample")
+    else:
+        try:
+            number = float(radius)
+        except (TypeError, ValueError):
+            raise InvalidInput(f"radius {radius!r}", "a number, Fraction or tensor", "radius=8/255") from None
+        value = torch.tensor(number, dtype=torch.float64, device=device)
+        if isinstance(radius, Fraction) and Fraction(number) < radius:
+            value = step_up(value)
+    if not bool((torch.isfinite(value) & (value >= 0)).all()):
+        raise InvalidInput(f"radius {radius}", "finite and >= 0", "radius=8/255")
+    return value.expand(batch).clone()
+
+
+def _box_support(a: Tensor, hull: Interval) -> Tensor:
+    """max <a, x> over lower <= x <= upper, by centre and half width, rounded upward."""
+    b = a.double().flatten(1)
+    center = (hull.lower + hull.width / 2).flatten(1)
+    half = step_up(torch.maximum(hull.upper.flatten(1) - center, center - hull.lower.flatten(1)))
+    error = gamma(b.shape[1] + 4, torch.float64)
+    reach = half + error * (center.abs() + half)
+    if len(center) == 1:  # one sample for all rows: matrix times vector
+        total = b @ center[0] + b.abs() @ reach[0]
+    else:
+        total = torch.einsum("rn,rn->r", b, center) + torch.einsum("rn,rn->r", b.abs(), reach)
+    return step_up(total, 2)
+
+
+def _distance_exceeds(x: Tensor, center: Tensor, radius: Tensor) -> Tensor:
+    """Return where |x - center| > radius, exactly: the float64 difference and its own error (two-sum)."""
+    a, b = x.double(), center.double()
+    reach = radius.view(-1, *[1] * (x.ndim - 1))
+    s = a - b
+    t = s - a
+    error = (a - (s - t)) - (b + t)
+    error = torch.where(s < 0, -error, error)
+    return (s.abs() > reach) | ((s.abs() == reach) & (error > 0))
+
+
+def _l2_scale(magnitude: Tensor, cap: Tensor, radius: Tensor) -> Tensor:
+    """Return the t >= 0 with sum min(magnitude t, cap)^2 = radius^2 (inf if the caps are never exhausted)."""
+    breaks = torch.where(magnitude > 0, cap / magnitude.clamp(min=1e-300), torch.inf)
+    breaks, order = breaks.sort(1)
+    b2, c2 = (v.gather(1, order).square() for v in (magnitude, cap))
+    c2 = torch.where(torch.isinf(breaks), 0, c2)
+    saturated = c2.cumsum(1) - c2  # caps of the coordinates whose break lies before this one
+    free = b2.flip(1).cumsum(1).flip(1)
+    t = ((radius.square()[:, None] - saturated).clamp(min=0) / free.clamp(min=1e-300)).sqrt()
+    first = (t <= breaks).long().argmax(1, keepdim=True)
+    found = (t <= breaks).any(1) & (free.gather(1, first)[:, 0] > 0)
+    return torch.where(found, t.gather(1, first)[:, 0], torch.inf)
+
+
+def _l2_dual(magnitude: Tensor, cap: Tensor, radius: Tensor) -> Tensor:
+    """Return max <b, d>, |d| <= cap, ||d||_2 <= radius, by its Lagrange dual: an upper bound for any multiplier."""
+    t = _l2_scale(magnitude, cap, radius)
+    multiplier = torch.where(t > 0, 0.5 / t, 0)[:, None]
+    step = torch.minimum(magnitude * t[:, None].nan_to_num(posinf=1e300), cap)
+    boxed = (magnitude * cap).sum(1)
+    dual = multiplier[:, 0] * radius.square() + (magnitude * step - multiplier * step.square()).sum(1)
+    # t = 0 only for radius 0 or b = 0: the box alone bounds it then, with caps of the same size as the radius.
+    return torch.where((t > 0) & torch.isfinite(dual), torch.minimum(dual, boxed), boxed)
+
+
+def _l1_dual(magnitude: Tensor, cap: Tensor, radius: Tensor) -> Tensor:
+    """Return max <b, d>, |d| <= cap, ||d||_1 <= radius: the dual value at the knapsack's threshold."""
+    values, order = magnitude.sort(1, descending=True)
+    spent = cap.gather(1, order).cumsum(1)
+    reached = spent >= radius[:, None]
+    first = reached.long().argmax(1, keepdim=True)
+    multiplier = torch.where(reached.any(1), values.gather(1, first)[:, 0], 0)
+    return multiplier * radius + ((magnitude - multiplier[:, None]).clamp(min=0) * cap).sum(1)
+
+
+def _l1_shrink(magnitude: Tensor, cap: Tensor, radius: Tensor) -> Tensor:
+    """Return the projection's steps min((magnitude - mu)+, cap) with sum <= radius, by bisection on mu."""
+    low, high = torch.zeros_like(radius), magnitude.amax(1)
+    inside = torch.minimum(magnitude, cap).sum(1) <= radius
+    for _ in range(80):
+        mu = (low + high) / 2
+        fits = torch.minimum((magnitude - mu[:, None]).clamp(min=0), cap).sum(1) <= radius
+        low, high = torch.where(fits, low, mu), torch.where(fits, mu, high)
+    mu = torch.where(inside, 0, high)
+    return torch.minimum((magnitude - mu[:, None]).clamp(min=0), cap)

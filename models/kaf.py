@@ -1,0 +1,156 @@
+"""The kernel activation function (KAF): a trainable activation, one kernel expansion per neuron or channel.
+
+Reference: S. Scardapane, S. Van Vaerenbergh, S. Totaro, A. Uncini, "Kafnets: kernel-based non-parametric
+activation functions for neural networks", Neural Networks 110 (2019), arXiv 1707.04035.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from certify.errors import InvalidInput, unknown_name
+from models.gaussian import gaussian_sum
+
+#: A function that a KAF can start as.
+Target = Callable[[Tensor], Tensor]
+
+TARGETS: dict[str, Target] = {"elu": F.elu, "silu": F.silu, "relu": F.relu, "tanh": torch.tanh}
+
+
+@dataclass(frozen=True)
+class Convention:
+    """The constants of a published KAF: range, gamma = 1 / (scale step^2), ridge, spread of random alpha."""
+
+    bound: float
+    scale: float
+    ridge: float
+    spread: float
+
+
+CONVENTIONS = {
+    "paper": Convention(bound=3.0, scale=6.0, ridge=1e-6, spread=0.3),
+    "authors": Convention(bound=4.0, scale=8.0, ridge=1e-4, spread=0.8),
+}
+
+
+class KAF(nn.Module):
+    """Kernel activation function: f(s) = sum_i alpha_i exp(-gamma (s - d_i)^2), plus base(s) if one is given.
+
+    Every channel (dimension 1 of the input) has its own trainable alpha; ``num_parameters`` is the number of
+    channels, or 1 for one function shared by all. The dictionary d has ``size`` points, evenly on [-bound,
+    bound].
+
+    ``convention`` fills what is left open: "paper" (bound 3, gamma 1/(6 step^2)) or "authors" (the authors'
+    code: bound 4, gamma 1/(8 step^2)). ``init`` is "random", or the function that the KAF starts as, fitted
+    by kernel ridge regression: "elu", "silu", "relu", "tanh" or a callable. ``trainable`` trains the
+    dictionary and the bandwidth too. Memory is that of the input, not of the input times ``size``.
+
+    Raises ``InvalidInput`` for other names, sizes below 2, and bounds or bandwidths that are not positive.
+    """
+
+    base: nn.Module | None
+    dictionary: Tensor
+    gamma: Tensor
+    log_gamma: Tensor
+
+    def __init__(
+        self,
+        num_parameters: int,
+        *,
+        size: int = 20,
+        bound: float | None = None,
+        gamma: float | None = None,
+        convention: str = "paper",
+        init: str | Target = "random",
+        base: nn.Module | None = None,
+        trainable: bool = False,
+    ) -> None:
+        super().__init__()
+        if convention not in CONVENTIONS:
+            raise unknown_name("convention", convention, CONVENTIONS)
+        chosen = CONVENTIONS[convention]
+        bound = chosen.bound if bound is None else bound
+        _check("num_parameters", num_parameters, num_parameters >= 1, "at least 1")
+        _check("size", size, size >= 2, "at least 2 dictionary points")
+        _check("bound", bound, 0 < bound < torch.inf, "a positive number")
+        gamma = 1 / (chosen.scale * (2 * bound / (size - 1)) ** 2) if gamma is None else gamma
+        _check("gamma", gamma, 0 < gamma < torch.inf, "a positive number")
+        points, bandwidth = torch.linspace(-bound, bound, size), torch.tensor(gamma)
+        self.base = base
+        self.alpha = nn.Parameter(torch.empty(num_parameters, size))
+        if trainable:
+            self.dictionary = nn.Parameter(points)
+            self.log_gamma = nn.Parameter(bandwidth.log())
+        else:
+            self.register_buffer("dictionary", points)
+            self.register_buffer("gamma", bandwidth)
+        self.trainable = trainable
+        self._start(init, chosen)
+
+    def forward(self, x: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch channels *space"]:
+        """Return f(x), elementwise, in the dtype of x; half precision is computed in float32."""
+        channels = len(self.alpha)
+        if x.ndim < 2 or channels not in (1, x.shape[1]):
+            raise InvalidInput(
+                f"a KAF of {channels} channels on an input of shape {tuple(x.shape)}",
+                f"[batch, {'channels' if channels == 1 else channels}, *space]",
+                "KAF(num_parameters=channels), or 1 to share one function",
+            )
+        dtype = torch.promote_types(torch.promote_types(x.dtype, self.alpha.dtype), torch.float32)
+        alpha, dictionary, gamma = (value.to(dtype) for value in (self.alpha, self.dictionary, self._gamma()))
+        y = gaussian_sum(x.to(dtype), alpha, dictionary, gamma).to(x.dtype)
+        return y if self.base is None else self.base(x) + y
+
+    def gaussian(
+        self,
+    ) -> tuple[Float[Tensor, "parameters size"], Float[Tensor, "size"], Float[Tensor, ""]]:
+        """Return alpha, the dictionary and gamma as the forward pass uses them, detached."""
+        return self.alpha.detach(), self.dictionary.detach(), self._gamma().detach()
+
+    def extra_repr(self) -> str:
+        free = ", trainable=True" if self.trainable else ""
+        return f"{len(self.alpha)}, size={len(self.dictionary)}, gamma={float(self._gamma().detach()):.4g}{free}"
+
+    def _gamma(self) -> Tensor:
+        return self.log_gamma.exp() if self.trainable else self.gamma
+
+    @torch.no_grad()
+    def _start(self, init: str | Target, convention: Convention) -> None:
+        if isinstance(init, str) and init == "random":
+            self.alpha.normal_(std=convention.spread)
+            return
+        if isinstance(init, str) and init not in TARGETS:
+            raise unknown_name("init", init, ("random", *TARGETS))
+        target = TARGETS[init] if isinstance(init, str) else init
+        self.alpha.copy_(ridge_fit(target, self.dictionary, self._gamma(), convention.ridge))
+
+
+def ridge_fit(
+    target: Target, dictionary: Float[Tensor, "size"], gamma: Float[Tensor, ""], ridge: float
+) -> Float[Tensor, "size"]:
+    """Return alpha = (K + ridge I)^-1 target(d), K_ij = exp(-gamma (d_i - d_j)^2), solved in float64.
+
+    Reference: Scardapane et al. (2019), eq. 16. K is nearly singular (condition 4e5 for the paper's
+    dictionary), so alpha is large and alternates in sign.
+    """
+    d = dictionary.detach().double()
+    kernel = torch.exp(-gamma.detach().double() * (d[:, None] - d[None, :]).square())
+    values = torch.as_tensor(target(d), dtype=torch.float64, device=d.device)
+    if values.shape != d.shape or not bool(torch.isfinite(values).all()):
+        raise InvalidInput(
+            f"a start function with values of shape {tuple(values.shape)} on {len(d)} points",
+            "one finite number for each point",
+            "an elementwise function such as torch.tanh",
+        )
+    return torch.linalg.solve(kernel + ridge * torch.eye(len(d), dtype=d.dtype, device=d.device), values)
+
+
+def _check(name: str, value: float, valid: bool, expected: str) -> None:
+    if not valid:
+        raise InvalidInput(f"{name} = {value!r}", expected, f"KAF(channels, {name}=...) or leave it out")

@@ -1,0 +1,129 @@
+"""The state of a training run between two epochs, in one safetensors file: resumed exactly or refused."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from certify.errors import InvalidFile
+from models.checkpoint import fill
+from models.data import Dataset
+from models.files import pack, read_bytes, unpack, write
+from models.recipe import EpochRecord, Recipe
+
+FILE = "resume.safetensors"
+
+
+@dataclass(eq=False)
+class Progress:
+    """Where a run stands: all that the next epoch depends on, and the best weights so far."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    records: list[EpochRecord] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_epoch: int = 0
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return len(self.records)
+
+    @property
+    def stale(self) -> int:
+        """Epochs since the best one."""
+        return self.epoch - self.best_epoch
+
+    def advance(self, record: EpochRecord) -> None:
+        """Count an epoch; its weights are kept unless an earlier epoch has a higher score."""
+        self.records.append(record)
+        if self.best_epoch == 0 or record.score >= self.records[self.best_epoch - 1].score:
+            self.best_epoch = record.epoch
+            self.best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
+
+def save_progress(directory: Path, progress: Progress, recipe: Recipe, data: Dataset) -> None:
+    """Write the state atomically. The learning rate is a function of the step and needs no state."""
+    tensors = {
+        **{f"model.{name}": value for name, value in progress.model.state_dict().items()},
+        **{f"best.{name}": value for name, value in progress.best.items()},
+        **_optimizer_tensors(progress.optimizer),
+        "rng.generator": progress.generator.get_state(),
+        "rng.torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    header = {
+        "identity": _identity(recipe, data),
+        "records": [asdict(record) for record in progress.records],
+        "best_epoch": progress.best_epoch,
+    }
+    write({directory / FILE: pack(tensors, header)})
+
+
+def load_progress(directory: Path, progress: Progress, recipe: Recipe, data: Dataset) -> None:
+    """Bring ``progress`` to the state in ``directory``, torch's global generators included.
+
+    Raises ``InvalidFile`` if there is none, it is damaged, or it comes from another recipe, network or data
+    set.
+    """
+    path = directory / FILE
+    tensors, header = unpack(path, read_bytes(path))
+    theirs, ours = header.get("identity"), _identity(recipe, data)
+    if not isinstance(theirs, dict) or theirs != ours:
+        known = theirs if isinstance(theirs, dict) else {}
+        changed = [key for key in ours if known.get(key) != ours[key]]
+        raise InvalidFile(
+            f"{path} comes from another run: {', '.join(changed)} changed",
+            "the recipe and data that it was started with",
+            "start anew without --resume",
+        )
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "rng": {}}
+    for name, value in tensors.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = value
+    fill(progress.model, parts["model"], path)
+    try:
+        progress.records = [EpochRecord(**record) for record in header["records"]]
+        progress.best_epoch, progress.best = int(header["best_epoch"]), parts["best"]
+        _restore_optimizer(progress.optimizer, parts["optimizer"])
+        progress.generator.set_state(parts["rng"]["generator"])
+        torch.set_rng_state(parts["rng"]["torch"])
+        if "cuda" in parts["rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(parts["rng"]["cuda"])
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise InvalidFile(
+            f"{path} is incomplete ({type(error).__name__})", "a state that this version wrote", "start anew"
+        ) from None
+
+
+def _identity(recipe: Recipe, data: Dataset) -> dict[str, Any]:
+    """What must be equal for a resume to be exact; the device may differ."""
+    labels = hashlib.sha256(data.train_y.cpu().numpy().tobytes()).hexdigest()
+    own = {key: value for key, value in recipe.to_dict().items() if key != "device"}
+    return {**own, "data": data.name, "images": list(data.train_x.shape), "labels": labels}
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Flatten the per-parameter state; its settings come from the recipe."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"optimizer.{index}.{key}": value
+        for index, entries in state.items()
+        for key, value in entries.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
