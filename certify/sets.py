@@ -53,6 +53,10 @@ class PerturbationSet(ABC):
     def support(self, a: Float[Tensor, "n *shape"]) -> Float64[Tensor, "n"]:
         """Return max <a, x> over the set, never below it: float64, rounded upward. n = batch, or batch = 1."""
 
+    def infimum(self, a: Float[Tensor, "n *shape"]) -> Float64[Tensor, "n"]:
+        """Return min <a, x> over the set, never above it: float64, rounded downward."""
+        return -self.support(-a)
+
     @abstractmethod
     def steepest(self, a: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
         """Return a point of the set at which <a, x> is largest (up to rounding inward)."""
@@ -138,6 +142,9 @@ class Box(PerturbationSet):
 
     def support(self, a: Float[Tensor, "n *shape"]) -> Float64[Tensor, "n"]:
         return _box_support(a, self.hull)
+
+    def infimum(self, a: Float[Tensor, "n *shape"]) -> Float64[Tensor, "n"]:
+        return -_box_support(a, self.hull, sign=-1.0)
 
     def steepest(self, a: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
         ends = torch.where(a > 0, self.hull.upper, self.hull.lower)
@@ -331,17 +338,17 @@ def _radii(radius: Radius, center: Tensor) -> Tensor:
     return value.expand(batch).clone()
 
 
-def _box_support(a: Tensor, hull: Interval) -> Tensor:
-    """max <a, x> over lower <= x <= upper, by centre and half width, rounded upward."""
-    b = a.double().flatten(1)
+def _box_support(a: Tensor, hull: Interval, sign: float = 1.0) -> Tensor:
+    """max <sign a, x> over lower <= x <= upper, by centre and half width, rounded upward."""
+    b = a.flatten(1).double()
     center = (hull.lower + hull.width / 2).flatten(1)
     half = step_up(torch.maximum(hull.upper.flatten(1) - center, center - hull.lower.flatten(1)))
     error = gamma(b.shape[1] + 4, torch.float64)
     reach = half + error * (center.abs() + half)
     if len(center) == 1:  # one sample for all rows: matrix times vector
-        total = b @ center[0] + b.abs() @ reach[0]
+        total = sign * (b @ center[0]) + b.abs() @ reach[0]
     else:
-        total = torch.einsum("rn,rn->r", b, center) + torch.einsum("rn,rn->r", b.abs(), reach)
+        total = sign * torch.einsum("rn,rn->r", b, center) + torch.einsum("rn,rn->r", b.abs(), reach)
     return step_up(total, 2)
 
 

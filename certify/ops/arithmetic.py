@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from certify.enclosures import Interval
 from certify.errors import InvalidModel, UnsupportedOperation
 from certify.graph import Call, Input
-from certify.ops.base import Affine
+from certify.ops.base import Affine, inner_error
 from certify.registry import register_op
 from certify.rounding import gamma, tiny
 
@@ -54,8 +54,10 @@ class Scale(Affine):
         size = size * self.scale.abs()
         if self.shift is not None:
             size = size + self.shift.abs()
-        factor = gamma(self.roundings, dtype) + gamma(10, dtype) + gamma(size[0].numel() + 8, torch.float64)
-        return size * factor * (1 + gamma(8, dtype)) + 4 * tiny(dtype)
+        error = size * (gamma(self.roundings, dtype) + gamma(10, dtype))
+        if self.bias is not None:
+            error = error + self.bias.abs() * inner_error(size[0].numel(), dtype)
+        return error * (1 + gamma(8, dtype)) + 4 * tiny(dtype)
 
 
 class Sum(Affine):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from certify.activations.base import Activation
@@ -89,6 +89,10 @@ class Affine(Rule):
             zeros = [A.new_zeros((len(A), *shape), requires_grad=True) for shape in self.input_shapes]
             return torch.autograd.grad(self.linear(*zeros), zeros, A)
 
+    def rows(self, neuron: Int[Tensor, "rows"], shape: tuple[int, ...]) -> tuple[Tensor, ...] | None:
+        """Return W^T of the unit vectors of some outputs (flat positions in ``shape``); None if no short cut exists."""
+        return None
+
     def forward(self, *xs: Tensor) -> Tensor:
         y = self.linear(*xs)
         return y if self.bias is None else y + self.bias
@@ -109,10 +113,9 @@ class Affine(Rule):
         """
         dtype = zs[0].lower.dtype
         size = self.absolute(*(z.magnitude for z in zs))
-        if self.bias is not None:
-            size = size + self.bias.abs()
         factor = gamma(self.fan_in + 1, dtype) + gamma(max(self.fan_in, self.fan_out) + 8, dtype)
-        factor += gamma(size[0].numel() + 8, torch.float64)  # <A, bias> and <|A|, e> are summed in float64
+        if self.bias is not None:
+            size = size + self.bias.abs() * (1 + inner_error(size[0].numel(), dtype) / factor)
         return size * (factor * (1 + 2 * gamma(self.fan_in + 8, dtype))) + (self.fan_in + 1) * tiny(dtype)
 
 
@@ -137,11 +140,16 @@ class Elementwise(Rule):
         return self.facts.undecided(z)
 
     def pull_back(self, A: Tensor, relaxation: Relaxation | None) -> Pulled:
-        """Positive coefficients take the lower line, negative ones the upper line."""
+        """Positive coefficients take the lower line, negative ones the upper line.
+
+        The constants are <A, lower> + <min(A, 0), upper - lower>.
+        """
         assert relaxation is not None
-        positive, negative = A.clamp(min=0), A.clamp(max=0)
-        pulled = positive * relaxation.lower_slope + negative * relaxation.upper_slope
-        offset = inner(positive, relaxation.lower_offset) + inner(negative, relaxation.upper_offset)
+        r = relaxation
+        pulled = torch.where(A >= 0, r.lower_slope, r.upper_slope).mul_(A)
+        offset = inner(A.clamp(max=0), r.upper_offset - r.lower_offset)
+        if bool((r.lower_offset != 0).any()):
+            offset = offset + inner(A, r.lower_offset)
         return (pulled,), offset
 
     def rounding_error(self, *zs: Interval) -> Tensor | None:
@@ -149,15 +157,38 @@ class Elementwise(Rule):
         return self.facts.rounding_error(zs[0])
 
     def line_error(self, relaxation: Relaxation | None, *zs: Interval) -> Tensor | None:
-        """One product with a slope and one with an offset, and the float64 sum of the offsets."""
+        """One product with a slope, and the sums of the offsets with their difference rounded once."""
         assert relaxation is not None
         z, dtype = zs[0], zs[0].lower.dtype
         steep = torch.maximum(relaxation.lower_slope.abs(), relaxation.upper_slope.abs())
         high = torch.maximum(relaxation.lower_offset.abs(), relaxation.upper_offset.abs())
-        factor = gamma(4, dtype) + gamma(z.lower[0].numel() + 8, torch.float64)
-        return (steep * z.magnitude + high) * factor + 2 * tiny(dtype)
+        sums = 3 * inner_error(z.lower[0].numel(), dtype) + gamma(8, dtype)
+        return steep * z.magnitude * gamma(4, dtype) + high * sums + 2 * tiny(dtype)
 
 
-def inner(A: Float[Tensor, "rows *out"], v: Tensor) -> Tensor:
-    """Return <A, v> per row, summed in float64; ``v`` broadcasts against A (a bias, or one vector per row)."""
-    return (A * v).flatten(1).sum(1, dtype=torch.float64)
+BLOCK = 32  # products summed in the network's dtype before the float64 sum takes over
+
+
+def inner(A: Float[Tensor, "rows *out"], v: Tensor) -> Float64[Tensor, "rows"]:
+    """Return <A, v> per row; ``v`` broadcasts against A (a bias, one vector for all rows, or one per row).
+
+    Blocks of BLOCK products are summed in the dtype of A, the blocks in float64: the error is below
+    (gamma_{BLOCK + 1} + the float64 one) <|A|, |v|>, see ``inner_error``.
+    """
+    flat = A.flatten(1)
+    v = v.expand(A.shape[1:]).reshape(1, -1) if v.ndim < A.ndim else v.expand(len(v), *A.shape[1:]).flatten(1)
+    if len(v) > 1:  # a vector per row
+        return (flat * v).sum(1, dtype=torch.float64)
+    whole = flat.shape[1] // BLOCK * BLOCK
+    total = flat[:, whole:] @ v[0, whole:] if whole < flat.shape[1] else flat.new_zeros(len(flat))
+    total = total.double()
+    if whole:
+        blocks = flat[:, :whole].unflatten(1, (-1, BLOCK)).transpose(0, 1)
+        parts = torch.bmm(blocks, v[0, :whole].view(-1, BLOCK, 1))
+        total = total + parts[..., 0].double().sum(0)
+    return total
+
+
+def inner_error(size: int, dtype: torch.dtype) -> float:
+    """Return g with |inner(A, v) - <A, v>| <= g <|A|, |v|> for rows of ``size`` elements."""
+    return gamma(BLOCK + 1, dtype) + gamma(size + 8, torch.float64)

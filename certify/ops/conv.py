@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from certify.errors import UnsupportedOperation
 from certify.graph import Call
 from certify.ops.base import Affine
+from certify.ops.windows import window_positions
 from certify.registry import register_op
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -69,6 +70,26 @@ class Conv(Affine):
             A, self.weight, None, self.stride, self.padding, missing, self.groups, self.dilation
         )
         return (transposed,)
+
+    def rows(self, neuron: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """The kernels themselves, each written into its window: no arithmetic."""
+        channels, *spatial = self.input_shapes[0]
+        output, inner = math.prod(shape[1:]), math.prod(spatial)
+        taps = window_positions(
+            tuple(spatial),
+            shape[1:],
+            kernel=tuple(self.weight.shape[2:]),
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+        ).to(neuron.device)[neuron % output]
+        filters = neuron // output
+        group = filters // (len(self.weight) // self.groups) * self.weight.shape[1]
+        channel = group[:, None] + torch.arange(self.weight.shape[1], device=neuron.device)
+        place = torch.where(taps[:, None] < 0, channels * inner, channel[..., None] * inner + taps[:, None])
+        rows = self.weight.new_zeros(len(neuron), channels * inner + 1)  # the last place takes the padding
+        rows.scatter_(1, place.flatten(1), self.weight[filters].flatten(1))
+        return (rows[:, :-1].reshape(-1, channels, *spatial),)
 
 
 class ConvTranspose(Affine):

@@ -14,8 +14,9 @@ from certify.activations.base import outward
 from certify.enclosures import Interval, Relaxation
 from certify.errors import UnsupportedOperation
 from certify.graph import Call
-from certify.ops.base import Affine, Pulled, Rule, inner
+from certify.ops.base import Affine, Pulled, Rule, inner, inner_error
 from certify.ops.conv import _tuple
+from certify.ops.windows import window_positions
 from certify.registry import register_op
 from certify.rounding import gamma, tiny
 
@@ -65,20 +66,15 @@ class MaxPool(Rule):
         self.run = lambda x: pool(x, kernel, stride, padding, dilation, ceil_mode)
         self.windows = self._positions(kernel, stride, padding, dilation)
 
-    def _positions(self, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
-                   dilation: tuple[int, ...]) -> Tensor:  # fmt: skip
+    def _positions(
+        self, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
+    ) -> Tensor:
         """Flat input positions of every window [outputs, k], -1 for padding, in the order of the outputs."""
         channels, *spatial = self.input_shape
-        out = self.run(torch.zeros(1, 1, *spatial)).shape[2:]
-        axes = []
-        for n, m, k, s, p, d in zip(spatial, out, kernel, stride, padding, dilation, strict=True):
-            place = torch.arange(m)[:, None] * s - p + torch.arange(k) * d
-            axes.append(place.masked_fill((place < 0) | (place >= n), -1))
-        index = torch.zeros(1, 1, dtype=torch.long)
-        for axis, n in zip(axes, spatial, strict=True):
-            joint = index[:, None, :, None] * n + axis[None, :, None, :]
-            bad = (index < 0)[:, None, :, None] | (axis < 0)[None, :, None, :]
-            index = joint.masked_fill(bad, -1).flatten(2).flatten(0, 1)
+        output = tuple(self.run(torch.zeros(1, 1, *spatial)).shape[2:])
+        index = window_positions(
+            tuple(spatial), output, kernel=kernel, stride=stride, padding=padding, dilation=dilation
+        )
         shift = torch.arange(channels)[:, None, None] * math.prod(spatial)
         return torch.where(index < 0, -1, index + shift).flatten(0, 1)
 
@@ -137,7 +133,8 @@ class MaxPool(Rule):
         """The maximum is exact; the engine multiplies by slopes in [0, 1] and adds where windows overlap."""
         dtype, k = zs[0].lower.dtype, self.windows.shape[1]
         size = self.run(zs[0].magnitude)
-        return size * (k * gamma(2 * k + 4, dtype) + gamma(size[0].numel() * k + 8, torch.float64)) + k * tiny(dtype)
+        sums = 2 * (1 + 3 * k) * inner_error(size[0].numel(), dtype)
+        return size * (k * gamma(2 * k + 4, dtype) + sums) + k * tiny(dtype)
 
 
 @register_op(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,

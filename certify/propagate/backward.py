@@ -21,7 +21,7 @@ from torch import Tensor
 
 from certify.enclosures import Interval, Relaxation
 from certify.graph import INPUT, Node
-from certify.ops.base import inner
+from certify.ops.base import Affine, inner, inner_error
 from certify.propagate.state import Knowledge
 from certify.rounding import step_down, step_up, unit_roundoff
 from certify.sets import Box
@@ -47,6 +47,24 @@ class Rows:
         zero = torch.zeros(len(A), dtype=torch.float64, device=A.device)
         return cls(knowledge, index, zero, zero.clone(), {name: A})
 
+    @classmethod
+    def of_neurons(cls, knowledge: Knowledge, node: Node, neuron: Tensor, index: Tensor) -> Rows:
+        """Start with single outputs of ``node`` (flat positions ``neuron``), already pulled back over it if it can."""
+        rule = node.rule
+        pulled = rule.rows(neuron, node.shape) if isinstance(rule, Affine) else None
+        if pulled is None or not isinstance(rule, Affine):
+            A = torch.zeros(len(neuron), *node.shape, dtype=knowledge.graph.dtype, device=neuron.device)
+            A.flatten(1)[torch.arange(len(A), device=A.device), neuron] = 1
+            return cls.at(knowledge, node.name, A, index)
+        rows = cls.at(knowledge, node.inputs[0], pulled[0], index)
+        if rule.bias is not None:
+            rows.offset = rule.bias.expand(node.shape).reshape(-1)[neuron].double()
+        if knowledge.rounds:
+            error = knowledge.error(node)
+            if error is not None:
+                rows.loss = error.flatten(1)[index, neuron].double()
+        return rows
+
     def gather(self, values: Tensor) -> Tensor:
         """Return per-sample values per row; one sample's rows share them without a copy."""
         first = int(self.index[0])
@@ -56,7 +74,7 @@ class Rows:
 
     def lose(self, A: Tensor, error: Tensor) -> None:
         """Add <|A|, error>; the factor covers the rounding of its own products."""
-        self.loss = self.loss + inner(A.abs(), self.gather(error)) * (1 + 2.0**-20)
+        self.loss = self.loss + inner(A.abs(), self.gather(error)) * (1 + 2 * inner_error(error[0].numel(), A.dtype))
 
     def halve(self) -> None:
         """Split every row into itself and its negative."""
@@ -107,7 +125,7 @@ class Rows:
         first = int(self.index[0])
         single = bool((self.index == first).all())
         own = domain.take(self.index[:1] if single else self.index)
-        self.offset = self.offset - own.support(-A)
+        self.offset = self.offset + own.infimum(A)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Return lower and upper bounds per row, float64; sums of a few terms are stepped outward."""
@@ -156,11 +174,10 @@ def bound_neurons(knowledge: Knowledge, node: Node, wanted: Tensor) -> Interval:
     neuron = torch.zeros_like(sample)
     for axis, size in zip(place, node.shape, strict=True):
         neuron = neuron * size + axis
-    parts = []
-    for block in _blocks(knowledge, sample):
-        A = torch.zeros(len(sample[block]), *node.shape, dtype=knowledge.graph.dtype, device=sample.device)
-        A.flatten(1)[torch.arange(len(A), device=A.device), neuron[block]] = 1
-        parts.append(bound_rows(Rows.at(knowledge, node.name, A, sample[block])))
+    parts = [
+        bound_rows(Rows.of_neurons(knowledge, node, neuron[block], sample[block]))
+        for block in _blocks(knowledge, sample)
+    ]
     lower, upper = (torch.cat(column) for column in zip(*parts, strict=True))
     return Interval(step_down(lower), step_up(upper))
 
@@ -171,7 +188,7 @@ def _blocks(knowledge: Knowledge, index: Tensor) -> list[slice]:
     widest = max(torch.Size(graph.shape(name)).numel() for name in (INPUT, *graph.nodes))
     most = max(1, ROW_BYTES // (LIVE * 2 * widest * graph.dtype.itemsize))
     ends = torch.cat([(index[1:] != index[:-1]).nonzero()[:, 0] + 1, index.new_tensor([len(index)])]).tolist()
-    if len(index) / len(ends) < 256:  # many samples with few rows each
+    if len(index) / len(ends) < 48:  # many samples with few rows each
         return [slice(i, min(i + most, len(index))) for i in range(0, len(index), most)]
     blocks, start = [], 0
     for end in ends:
