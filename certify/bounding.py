@@ -9,11 +9,12 @@ from certify.enclosures import Interval
 from certify.errors import InvalidInput
 from certify.graph import Graph, trace
 from certify.propagate.methods import BoundMethod, Propagation, resolve_method
-from certify.rounding import resolve_arithmetic, round_down, round_up
+from certify.rounding import ieee, resolve_arithmetic, round_down, round_up
 from certify.sets import PerturbationSet
 from certify.specs import Spec
 
 
+@ieee()
 def bounds(
     model: nn.Module,
     domain: PerturbationSet,
@@ -39,6 +40,7 @@ def bounds(
     return Interval(lower.view(domain.batch, *shape), upper.view(domain.batch, *shape))
 
 
+@ieee()
 def layer_bounds(
     model: nn.Module,
     domain: PerturbationSet,

@@ -15,7 +15,7 @@ from certify.errors import InvalidInput, InvalidModel
 from certify.graph import Graph
 from certify.propagate.methods import BoundMethod, resolve_method
 from certify.results import Certificate, Verdict
-from certify.rounding import EXCLUSIONS, Arithmetic, FloatAnyOrder, resolve_arithmetic
+from certify.rounding import EXCLUSIONS, Arithmetic, FloatAnyOrder, ieee, resolve_arithmetic
 from certify.sets import Clip, LpBall, PerturbationSet
 from certify.specs import Spec, class_margins
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from certify.attacks import Attack
 
 
+@ieee()
 def prove(
     model: nn.Module,
     domain: PerturbationSet,
@@ -67,6 +68,7 @@ def prove(
     )
 
 
+@ieee()
 def certified_radius(
     model: nn.Module,
     x: Float[Tensor, "batch *shape"],

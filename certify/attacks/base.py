@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from certify.errors import InvalidInput, InvalidModel
 from certify.results import AttackResult
+from certify.rounding import ieee
 from certify.sets import PerturbationSet
 from certify.specs import Spec
 
@@ -110,7 +111,7 @@ class Attack(ABC):
         with evaluating(model):
             found = self.search(objective, domain, spec, generator).detach()
             candidate = _inside(found, domain, type(self).__name__)
-            with torch.autocast(domain.center.device.type, enabled=False):
+            with torch.autocast(domain.center.device.type, enabled=False), ieee():
                 center_rows = objective.rows(domain.center, spec)
                 rows = objective.rows(candidate, spec)
         worse = rows.amin(1) < center_rows.amin(1)

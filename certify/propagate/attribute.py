@@ -13,7 +13,7 @@ from certify.ops.base import inner
 from certify.propagate.backward import Rows
 from certify.propagate.methods import BoundMethod, Propagation, resolve_method
 from certify.propagate.state import Knowledge
-from certify.rounding import resolve_arithmetic
+from certify.rounding import ieee, resolve_arithmetic
 from certify.sets import PerturbationSet
 from certify.specs import Spec
 
@@ -37,6 +37,7 @@ class NodeBlame:
     share: float
 
 
+@ieee()
 def explain(
     model: nn.Module,
     domain: PerturbationSet,
