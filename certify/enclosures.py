@@ -48,11 +48,11 @@ class Interval:
         return Interval(-step_up(error - self.lower), step_up(self.upper + error))
 
     def sanitized(self) -> Interval:
-        """Replace NaN ends (inf - inf in an exploded bound) by the infinities that they stand for."""
+        """Replace ends that overflowed: NaN (inf - inf), a lower end of +inf and an upper one of -inf know nothing."""
         inf = torch.inf
         return Interval(
-            self.lower.nan_to_num(nan=-inf, posinf=inf, neginf=-inf),
-            self.upper.nan_to_num(nan=inf, posinf=inf, neginf=-inf),
+            self.lower.nan_to_num(nan=-inf, posinf=-inf, neginf=-inf),
+            self.upper.nan_to_num(nan=inf, posinf=inf, neginf=inf),
         )
 
     def double(self) -> Interval:
@@ -62,11 +62,14 @@ class Interval:
 
 @dataclass(frozen=True, eq=False)
 class Relaxation:
-    """lower_slope z + lower_offset <= f(z) <= upper_slope z + upper_offset on the interval it was made for."""
+    """lower_slope z + lower_offset <= f(z) <= upper_slope z + upper_offset on the interval it was made for.
 
-    lower_slope: Float[Tensor, "*shape"]
+    Slopes have the shape of the offsets; those of max-pooling one dimension more, over the taps of a window.
+    """
+
+    lower_slope: Float[Tensor, "*slopes"]
     lower_offset: Float[Tensor, "*shape"]
-    upper_slope: Float[Tensor, "*shape"]
+    upper_slope: Float[Tensor, "*slopes"]
     upper_offset: Float[Tensor, "*shape"]
 
     def gap(self, z: Interval) -> Float[Tensor, "*shape"]:

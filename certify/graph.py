@@ -1,16 +1,15 @@
 """nn.Module -> Graph: nodes with bound rules, named by the user's own module paths.
 
-Registered modules are leaves of a torch.fx trace. A traced lie would become a wrong proof, so hooks and replaced
-``forward`` methods are refused, leaves are matched by their real forward, and the finished graph, evaluated through
-its own rules, must equal ``model(x)`` at two batch sizes.
+Registered modules are leaves of a torch.fx trace (symbolic.py). A traced lie would become a wrong proof, so every
+value is computed once while the graph is built, overwritten values are refused, and safeguards.py compares the
+finished graph with the model.
 """
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +18,16 @@ from torch import Tensor, fx, nn
 
 from certify.errors import InvalidInput, InvalidModel, UnsupportedOperation
 from certify.registry import ACTIVATIONS, OPS, Target
+from certify.safeguards import check_model, check_values
+from certify.symbolic import needed, registered, symbolic_trace
 
 if TYPE_CHECKING:
     from certify.ops.base import Rule
 
 INPUT = "input"  # the name of the node that stands for x
+
+#: What may return several tensors: the pieces of one.
+SPLITS = (torch.chunk, torch.split, torch.tensor_split, torch.unbind, "chunk", "split", "tensor_split", "unbind")
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ class Call:
 
     def per_sample(self, value: Tensor | float) -> Tensor:
         """Return a constant operand without batch dimension; it must not enlarge the sample or vary over the batch."""
-        constant = torch.as_tensor(value, device=self.device).detach()
+        number = not isinstance(value, Tensor)  # keeps all its digits: torch's default dtype is not the model's
+        constant = torch.as_tensor(value, dtype=self.dtype if number else None, device=self.device).detach()
         if not bool(torch.isfinite(constant).all()):
             raise InvalidModel(f"NaN or infinity in a constant at {self.name!r}", "finite numbers")
         shape = self.input_shape
@@ -147,107 +152,13 @@ def trace(model: nn.Module, example: Tensor) -> Graph:
     Raises ``InvalidModel`` for a model in train mode, with hooks, NaN weights, other dtypes or devices, and
     ``UnsupportedOperation``, with the module path and the remedy, for operations without a rule.
     """
-    _check_model(model, example)
-    root = model if _registered(model) is None else nn.Sequential(OrderedDict(model=model))
-    traced = _symbolic_trace(root)
-    with torch.no_grad(), _quiet_rng():
+    check_model(model, example)
+    root = model if registered(model) is None else nn.Sequential(OrderedDict(model=model))
+    traced = symbolic_trace(root)
+    with torch.inference_mode(False), torch.no_grad():
         graph = _Builder(model, root, traced, example).build()
-        _check_values(graph, example)
+        check_values(graph, example)
     return graph
-
-
-def _registered(module: nn.Module) -> Callable[..., Any] | None:
-    """Return the builder of a module whose forward is that of a registered class, else None."""
-    for cls in type(module).__mro__:
-        for table in (OPS, ACTIVATIONS):
-            if cls in table:
-                return table[cls] if type(module).forward is getattr(cls, "forward", None) else None
-    return None
-
-
-def _check_model(model: nn.Module, example: Tensor) -> None:
-    if not isinstance(model, nn.Module):
-        raise InvalidInput(f"a {type(model).__name__} as model", "a torch.nn.Module", "wrap the function in one")
-    for path, module in model.named_modules():
-        _check_module(path or type(model).__name__, module)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point():
-            _check_tensor(name, tensor, example)
-    if torch.is_autocast_enabled(example.device.type):
-        raise InvalidModel("autocast is on", "full precision", "leave the autocast context")
-
-
-def _check_module(where: str, module: nn.Module) -> None:
-    if module.training:
-        raise InvalidModel(f"{where!r} is in train mode", "eval mode", "call model.eval() first")
-    if "forward" in vars(module):
-        raise InvalidModel(f"forward of {where!r} was replaced on the instance", "the class's own forward")
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise InvalidModel(
-            f"{where!r} has forward hooks", "none: a hook can change what is computed", "remove the hooks"
-        )
-
-
-def _check_tensor(name: str, tensor: Tensor, example: Tensor) -> None:
-    if tensor.dtype != example.dtype or tensor.device != example.device:
-        raise InvalidModel(
-            f"{name!r} is {tensor.dtype} on {tensor.device}, the inputs are {example.dtype} on {example.device}",
-            "one dtype (float32 or float64) and one device",
-            "model.to(inputs.device, inputs.dtype)",
-        )
-    if not bool(torch.isfinite(tensor).all()):
-        raise InvalidModel(f"{name!r} holds NaN or infinities", "finite weights", "train or load it again")
-
-
-class _Tracer(fx.Tracer):
-    """Stops at registered modules and at torch's own layers; goes through everything else."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if _registered(m) is not None:
-            return True
-        containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Module)
-        return type(m).__module__.startswith("torch.nn") and type(m) not in containers
-
-
-def _symbolic_trace(root: nn.Module) -> fx.Graph:
-    try:
-        traced = _Tracer().trace(root)
-    except (
-        fx.proxy.TraceError,
-        TypeError,
-        RuntimeError,
-        ValueError,
-        AttributeError,
-        NotImplementedError,
-    ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnsupportedOperation(
-            f"cannot trace {type(root).__name__}: {reason[:160]} {_user_line(error)}",
-            "a forward without branches on values, len() or unpacking of shapes",
-            "x.flatten(1) or x.shape[i] instead, or register the module with @certify.register_op",
-        ) from None
-    return traced
-
-
-def _needed(traced: fx.Graph) -> set[fx.Node]:
-    """The nodes that the output depends on."""
-    needed: set[fx.Node] = set()
-    for node in reversed(traced.nodes):
-        if node.op in ("output", "placeholder") or node in needed:
-            needed.add(node)
-            needed.update(node.all_input_nodes)
-    return needed
-
-
-def _user_line(error: BaseException) -> str:
-    """Where in the user's code a trace failed."""
-    frame, last = error.__traceback__, ""
-    while frame is not None:
-        code = frame.tb_frame.f_code
-        if code.co_name == "forward" and "torch" not in code.co_filename.split("/"):
-            last = f"(in {code.co_qualname}, line {frame.tb_lineno})"
-        frame = frame.tb_next
-    return last
 
 
 class _Builder:
@@ -256,49 +167,80 @@ class _Builder:
     def __init__(self, model: nn.Module, root: nn.Module, traced: fx.Graph, example: Tensor) -> None:
         self.model, self.root, self.traced, self.example = model, root, traced, example
         self.values: dict[fx.Node, Any] = {}  # concrete, batch of two
+        self.versions: dict[fx.Node, Any] = {}  # of those values when they were made: torch counts in-place writes
         self.names: dict[fx.Node, str] = {}  # of those that depend on x
         self.splits: set[fx.Node] = set()  # tuples of tensors (chunk, split), waiting for getitem
         self.nodes: OrderedDict[str, Node] = OrderedDict()
 
     def build(self) -> Graph:
-        """Return the graph."""
-        output, needed = "", _needed(self.traced)
+        """Return the graph. What the output does not need is run too: it may write into what the output needs."""
+        output, wanted = "", needed(self.traced)
         for node in self.traced.nodes:
-            if node not in needed:
-                continue
+            self._check_unwritten(node)
             if node.op == "placeholder":
                 if self.names:
                     raise UnsupportedOperation("a model with several inputs", "forward(x) with one tensor")
-                self.values[node] = self.example[:1].expand(2, *self.example.shape[1:]).clone()
+                self._keep(node, self.example[:1].expand(2, *self.example.shape[1:]).clone())
                 self.names[node] = INPUT
             elif node.op == "output":
-                result = node.args[0]
-                if not isinstance(result, fx.Node) or result not in self.names:
-                    raise UnsupportedOperation(
-                        "an output that is no tensor, or does not depend on the input",
-                        "forward(x) -> one tensor",
-                    )
-                output = self.names[result]
+                output = self._output(node.args[0])
             else:
-                self._visit(node)
-        if output == INPUT:
-            raise UnsupportedOperation("a model that returns its input", "at least one operation")
+                self._visit(node, wanted=node in wanted)
         shape = tuple(self.example.shape[1:])
         return Graph(self.model, self.nodes, output, shape, self.example.dtype, self.example.device)
 
-    def _visit(self, node: fx.Node) -> None:
+    def _output(self, result: Any) -> str:
+        if not isinstance(result, fx.Node) or result not in self.names:
+            raise UnsupportedOperation(
+                "an output that is no tensor, or does not depend on the input", "forward(x) -> one tensor"
+            )
+        if self.names[result] == INPUT:
+            raise UnsupportedOperation("a model that returns its input", "at least one operation")
+        return self.names[result]
+
+    def _keep(self, node: fx.Node, value: Any) -> None:
+        self.values[node], self.versions[node] = value, _versions(value)
+
+    def _check_unwritten(self, node: fx.Node) -> None:
+        """Refuse to read a value, or a view of it, that was overwritten since: the graph knows values only."""
+        for source in node.all_input_nodes:
+            if _versions(self.values[source]) != self.versions[source]:
+                raise UnsupportedOperation(
+                    f"{self._path(node)!r} reads {self._path(source)!r} after an in-place operation changed it",
+                    "operations that return new values",
+                    "y = torch.relu(x) and inplace=False instead of writing into x",
+                )
+
+    def _visit(self, node: fx.Node, *, wanted: bool) -> None:
         if node.op == "get_attr":
-            self.values[node] = _attribute(self.root, str(node.target))
-            return
-        if node.op == "call_function" and node.target is getattr:  # x.shape and the like: no data
-            self.values[node] = getattr(self.values[node.args[0]], node.args[1])  # type: ignore[index]
+            self._keep(node, _attribute(self.root, str(node.target)))
             return
         function, module = self._function(node)
+        self._keep(node, self._call(node, function))
+        value, sources = self.values[node], [n for n in node.all_input_nodes if n in self.names or n in self.splits]
+        if node.target is getattr and not isinstance(value, Tensor):  # x.shape and the like: no data
+            return
+        if not sources or node.target in ("size", "dim", "numel", "ndimension", len):
+            return
+        if node.target is getattr:  # x.T, x.data: also where nothing needs it, as x.data can be written unnoticed
+            raise UnsupportedOperation(f"{self._path(node)!r}: attribute {node.args[1]!r} of data", "a tensor method")
+        if not wanted:
+            return
+        if isinstance(value, (tuple, list)):
+            self._check_split(node, module)
+        elif isinstance(value, Tensor):
+            self._add(node, function, module)
+        else:
+            raise UnsupportedOperation(
+                f"{self._path(node)!r} turns data into a {type(value).__name__}", "tensors from input to output"
+            )
+
+    def _call(self, node: fx.Node, function: Callable[..., Any]) -> Any:
         args: Any
         kwargs: Any
         args, kwargs = (fx.map_arg(part, lambda n: self.values[n]) for part in (node.args, node.kwargs))
         try:
-            value = function(*args, **kwargs)
+            return function(*args, **kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise InvalidInput(
                 f"the model fails on inputs of shape {tuple(self.example.shape[1:])} at {self._path(node)!r}: "
@@ -306,19 +248,6 @@ class _Builder:
                 "inputs that the model accepts",
                 "check the input shape",
             ) from None
-        self.values[node] = value
-        dependent = [n for n in node.all_input_nodes if n in self.names or n in self.splits]
-        if not dependent or node.target in ("size", "dim", "numel", "ndimension", len):
-            return
-        if isinstance(value, (tuple, list)):
-            self.splits.add(node)
-        elif isinstance(value, Tensor):
-            self._add(node, function, module)
-        else:
-            raise UnsupportedOperation(
-                f"{self._path(node)!r} turns data into a {type(value).__name__}",
-                "tensors from input to output",
-            )
 
     def _function(self, node: fx.Node) -> tuple[Callable[..., Any], nn.Module | None]:
         if node.op == "call_module":
@@ -356,8 +285,12 @@ class _Builder:
             return function(*positional, **named)
 
         name, value = self._name(node), self.values[node]
-        if value.ndim < 1 or value.shape[0] != 2:
-            raise UnsupportedOperation(f"{name!r} ({node.target}) loses the batch dimension", "batch first")
+        if value.ndim < 2 or value.shape[0] != 2:
+            raise UnsupportedOperation(
+                f"{name!r} returns the shape {tuple(value.shape)} for a batch of 2",
+                "[batch, *shape] with at least one more dimension",
+                "x[:, :1] or keepdim=True instead of x[:, 0] or squeeze",
+            )
         call = Call(
             name,
             type(module) if module is not None else node.target,
@@ -374,6 +307,15 @@ class _Builder:
         inputs = tuple(self.names[n] for n in sources)
         self.nodes[name] = Node(name, call.kind, build_rule(call), inputs, call.output_shape, count)
         self.names[node] = name
+        if value.dtype != self.example.dtype:
+            raise UnsupportedOperation(f"{name!r} turns {self.example.dtype} into {value.dtype}", "one dtype")
+
+    def _check_split(self, node: fx.Node, module: nn.Module | None) -> None:
+        """Let only what cuts a tensor into pieces return several: torch.max or an LSTM compute theirs."""
+        if node.target not in SPLITS:
+            kind = node.target if module is None else f"nn.{type(module).__name__}"
+            raise no_rule(getattr(kind, "__name__", str(kind)), self._path(node))
+        self.splits.add(node)
 
     def _piece(self, node: fx.Node) -> tuple[fx.Node, Callable[..., Any]]:
         """One piece of a chunk or split: the split and the getitem as one operation."""
@@ -381,10 +323,13 @@ class _Builder:
         if not isinstance(split, fx.Node) or split not in self.splits or node.target is not operator.getitem:
             raise UnsupportedOperation(f"{self._path(node)!r} on a tuple of tensors", "chunk(...)[i]")
         parts, _ = self._function(split)
-        source, rest, index = split.args[0], split.args[1:], node.args[1]
+        source, index = split.args[0], node.args[1]
         if not isinstance(source, fx.Node) or source not in self.names:
             raise UnsupportedOperation(f"{self._path(node)!r} of {split.args[0]}", "chunk(...) of one tensor")
-        return source, lambda x: parts(x, *rest, **split.kwargs)[index]
+        rest: Any
+        named: Any
+        rest, named = (fx.map_arg(part, lambda n: self.values[n]) for part in (split.args[1:], split.kwargs))
+        return source, lambda x: parts(x, *rest, **named)[index]
 
     def _path(self, node: fx.Node) -> str:
         if node.op == "call_module":
@@ -408,14 +353,9 @@ def build_rule(call: Call) -> Rule:
     from certify.ops.base import Elementwise  # rules import this module for ``Call``
 
     key = call.target
-    builder: Any = _registered(call.module) if call.module is not None else OPS.get(key, ACTIVATIONS.get(key))
+    builder: Any = registered(call.module) if call.module is not None else OPS.get(key, ACTIVATIONS.get(key))
     if builder is None:
-        kind = f"nn.{call.kind}" if call.module is not None else call.kind
-        raise UnsupportedOperation(
-            f"no bound rule for {kind} at {call.name!r}",
-            "an operation listed by `certify ops`",
-            f"register one with @certify.register_op({kind}) (see certify/ops/linear.py)",
-        )
+        raise no_rule(f"nn.{call.kind}" if call.module is not None else call.kind, call.name)
     if builder in ACTIVATIONS.values():
         if len(call.inputs) != 1:
             raise UnsupportedOperation(f"{call.kind} at {call.name!r} of several inputs", "one input")
@@ -423,37 +363,24 @@ def build_rule(call: Call) -> Rule:
     return builder(call)
 
 
+def no_rule(kind: str, name: str) -> UnsupportedOperation:
+    """Return the error for an operation that no registry knows, with the user's path and the remedy."""
+    return UnsupportedOperation(
+        f"no bound rule for {kind} at {name!r}",
+        "an operation listed by `certify ops`",
+        f"register one with @certify.register_op({kind}) (see certify/ops/linear.py)",
+    )
+
+
+def _versions(value: Any) -> Any:
+    """How often torch has written into a tensor, its views included; nested like ``value``."""
+    if isinstance(value, Tensor):
+        return None if value.is_inference() else value._version
+    return tuple(_versions(item) for item in value) if isinstance(value, (tuple, list)) else None
+
+
 def _attribute(root: nn.Module, path: str) -> Any:
     value: Any = root
     for part in path.split("."):
         value = getattr(value, part)
     return value
-
-
-@contextlib.contextmanager
-def _quiet_rng() -> Iterator[None]:
-    """Keep the caller's random state whatever the check draws."""
-    with torch.random.fork_rng(devices=[]):
-        yield
-
-
-def _check_values(graph: Graph, example: Tensor) -> None:
-    """The graph, evaluated through its rules, must equal the model at two batch sizes and twice in a row."""
-    generator = torch.Generator().manual_seed(0)
-    for batch in (2, 3):
-        noise = torch.randn((batch, *example.shape[1:]), generator=generator, dtype=torch.float64)
-        x = example[:1] + 0.5 * noise.to(example)
-        want, again = graph.model(x.clone()), graph.model(x.clone())
-        try:
-            got = graph.forward(x)[graph.output]
-        except RuntimeError:
-            got = want.new_full((0,), torch.nan)
-        scale = 1 + float(want.abs().max())
-        tolerance = (1e-4 if x.dtype == torch.float32 else 1e-9) * scale
-        same = got.shape == want.shape and want.shape == again.shape
-        if not same or not bool(((got - want).abs() <= tolerance).all() & ((want - again).abs() <= tolerance).all()):
-            raise UnsupportedOperation(
-                f"the traced graph of {type(graph.model).__name__} does not compute what the model computes",
-                "a forward that is a fixed function of x, sample by sample, without in-place side effects",
-                "remove randomness, in-place updates and branches on the batch size",
-            )

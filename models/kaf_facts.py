@@ -21,6 +21,7 @@ from certify import Activation, Curve, Interval, Smooth, register_activation
 from certify.activations.enclose import certified_lines
 from certify.activations.piecewise import PiecewiseLinear
 from certify.activations.smooth import Formula
+from certify.errors import UnsupportedOperation
 from certify.graph import Call, build_rule
 from certify.ops.base import Elementwise
 from certify.rounding import gamma as gamma_n
@@ -182,6 +183,12 @@ class KAFFacts(Smooth):
         if kaf.base is not None:
             rule = build_rule(replace(call, name=f"{call.name}.base", target=type(kaf.base), module=kaf.base))
             base = rule.facts if isinstance(rule, Elementwise) else None
+            if base is None or not _same_everywhere(base):
+                raise UnsupportedOperation(
+                    f"a KAF at {call.name!r} with a base of type {type(kaf.base).__name__}",
+                    "an activation that is the same function for every channel",
+                    "nn.ReLU(), nn.SiLU() or another activation of `certify ops`",
+                )
         return cls(kaf, base, len(call.input_shape))
 
     @classmethod
@@ -256,6 +263,13 @@ class KAFFacts(Smooth):
         return GaussianCurve(
             curve.alpha, curve.dictionary, curve.gamma, self._channels(shape), curve.order, curve.ceiling
         )
+
+
+def _same_everywhere(base: Activation) -> bool:
+    """Whether a base is one function for all elements: lines are made on flattened cells."""
+    slopes = base.slopes if isinstance(base, PiecewiseLinear) else ()
+    one = all(not isinstance(slope, Tensor) or slope.numel() == 1 for slope in slopes)
+    return one and isinstance(base, (Smooth, PiecewiseLinear))
 
 
 def _curve_of(base: Activation, shape: torch.Size, device: torch.device) -> Curve:

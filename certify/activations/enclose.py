@@ -2,10 +2,12 @@
 
 For f on a cell [p, q] of width h and any slope a, g(s) = f(s) - a s satisfies
 
-    g(s) <= max(g(p), g(q)) + h^2/8 max(0, sup -f''),     -f'' <= -(f''(p) + f''(q))/2 + h/2 sup|f'''|,
+    g(s) <= chord of g + 4 sag t (1 - t),   t = (s - p)/h,   sag = h^2/8 max(0, sup -f''),
+    -f'' <= -(f''(p) + f''(q))/2 + h/2 sup|f'''|,
 
-so a grid with that sag is a bound, and splitting the cells that decide the maximum converges like h^2 (the sag alone)
-or h^3 (where f is convex). A grid without the sag is not a bound.
+so a grid with that sag is a bound (where the chord is steeper than the parabola, the chord's end is), and splitting
+the cells that decide the maximum converges like h^2 (the sag alone) or h^3 (where f is convex). A grid without the
+sag is not a bound.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ from torch import Tensor
 
 from certify.activations.base import middle_slope
 
-CELLS = 24  # cells of the first grid
+CELLS = 16  # cells of the first grid
 SPLIT = 4  # cells split per round, each into as many parts
 ROUNDS = 14  # rounds at most; elements that have not converged by then are a little looser, never unsound
-TOLERANCE = 2e-5  # accepted distance of a bound from an attained value, relative to max f - min f
+TOLERANCE = 5e-5  # accepted distance of a bound from an attained value, relative to max f - min f
+SHARE = 0.01  # or, where the slope is ours to choose, relative to the mean distance of the line from f
 CHUNK = 1 << 15  # elements handled at once, bounds the memory
 
 
@@ -55,7 +58,7 @@ class _Cells:
     fq: Tensor
     sag_up: Tensor  # how far f can rise above its chord
     sag_down: Tensor  # how far f can fall below its chord
-    noise: Tensor  # evaluation error of the values, part of both sags
+    noise: Tensor  # evaluation error of the values
     end: Tensor  # index of the cell that holds the right end
 
     @classmethod
@@ -69,7 +72,7 @@ class _Cells:
         noise = torch.maximum(error[:k], error[1:]).reshape(-1, n)
         spread = curve.third(p, q) * h / 2 * (1 + 1e-9) + 1e4 * noise
         sag = h.square() / 8 * (1 + 1e-12)
-        up, down = (sag * (spread + side).clamp(min=0) + noise for side in (-bend, bend))
+        up, down = (sag * (spread + side).clamp(min=0) for side in (-bend, bend))
         return cls(p, q, fp, fq, up, down, noise, end)
 
     def map(self, pick: Tensor) -> _Cells:
@@ -79,6 +82,13 @@ class _Cells:
     def mirrored(self) -> _Cells:
         """The cells of -f."""
         return _Cells(self.p, self.q, -self.fp, -self.fq, self.sag_down, self.sag_up, self.noise, self.end)
+
+    def ceiling(self, slope: Tensor) -> Tensor:
+        """A bound of f(s) - slope s on every cell: the top of the parabola over the chord, or the chord's end."""
+        gp, gq = self.fp - slope * self.p, self.fq - slope * self.q
+        rise, sag = (gq - gp).abs(), self.sag_up
+        inside = (gp + gq) / 2 + sag + rise * (rise / (16 * sag).clamp(min=1e-300))
+        return torch.where(rise < 4 * sag, inside, torch.maximum(gp, gq)) + self.noise
 
     def vertices(self) -> tuple[Tensor, Tensor]:
         """Points and attained values; the first and last are the ends of the interval."""
@@ -125,13 +135,16 @@ def _upper_line(curve: Curve, cells: _Cells, slope: Tensor | None, sign: float) 
         points, values = cells.vertices()
         a = middle_slope(points, values) if slope is None else slope
         a = a.float().double() if slope is None else a  # exact in either network dtype
-        ceiling = torch.maximum(cells.fp - a * cells.p, cells.fq - a * cells.q) + cells.sag_up
+        ceiling = cells.ceiling(a)
         top = ceiling.amax(0)
         attained = (values - a * points).amax(0)
         noise = 2.0**-50 * (values.abs().amax(0) + a.abs() * torch.maximum(points[0].abs(), points[-1].abs()))
         out_slope[todo], out_offset[todo] = a, top + noise
         span = values.amax(0) - values.amin(0)
-        converged = top - attained <= TOLERANCE * span + 4 * (noise + cells.noise.amax(0))
+        accepted = TOLERANCE * span + 4 * (noise + cells.noise.amax(0))
+        if slope is None:
+            accepted = torch.maximum(accepted, SHARE * (top - (values - a * points).mean(0)))
+        converged = top - attained <= accepted
         rest = (~converged).nonzero()[:, 0]
         if round_ == ROUNDS or len(rest) == 0:
             return out_slope, out_offset

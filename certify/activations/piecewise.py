@@ -69,7 +69,7 @@ class PiecewiseLinear(Activation):
         if self._exact_values:
             return torch.zeros_like(z.lower)
         steepest = self.slope_range(Interval(torch.minimum(z.lower, z.lower * 0), z.upper)).magnitude
-        return 2 * unit_roundoff(z.lower.dtype) * z.magnitude * steepest
+        return 4 * unit_roundoff(z.lower.dtype) * (z.magnitude * steepest + self._size)
 
     def undecided(self, z: Interval) -> Tensor:
         mask = torch.zeros_like(z.lower, dtype=torch.bool)
@@ -96,14 +96,24 @@ class PiecewiseLinear(Activation):
 
     @property
     def _exact_values(self) -> bool:
-        """Whether f is computed without rounding: every slope is -1, 0 or 1."""
-        return all(isinstance(slope, float) and slope in (-1.0, 0.0, 1.0) for slope in self.slopes)
+        """Whether f and its vertices are computed without rounding: slopes -1, 0 or 1 around a kink (0, 0)."""
+        plain = all(isinstance(slope, float) and slope in (-1.0, 0.0, 1.0) for slope in self.slopes)
+        return plain and self._size == 0
+
+    @property
+    def _size(self) -> float:
+        """The largest constant of the formula."""
+        return max(abs(self.value), *(abs(kink) for kink in self.kinks), 0.0)
 
     def _vertices(self, z: Interval) -> tuple[Tensor, Tensor]:
         """The ends and the kinks inside [k, batch, *shape] with their values; float64, exact up to one rounding."""
         low, high = z.lower.double(), z.upper.double()
         middle = [torch.minimum(high, low.clamp(min=kink)) for kink in self.kinks]
         s = torch.stack([low, *middle, high])
+        return s, self._values(s)
+
+    def _values(self, s: Tensor) -> Tensor:
+        """f(s) in float64."""
         v = torch.zeros_like(s)
         for piece, slope in enumerate(self.slopes):
             begin = self.kinks[piece - 1] if piece else self.kinks[0]
@@ -113,7 +123,7 @@ class PiecewiseLinear(Activation):
                 run = run.clamp(max=self.kinks[piece] - begin)
             factor = torch.as_tensor(slope, dtype=torch.float64, device=s.device)
             v = v + torch.where(factor == 0, 0, factor * run)
-        return s, self.value + v
+        return self.value + v
 
 
 def _simple(slope: Tensor) -> Tensor:
@@ -160,7 +170,8 @@ class PReLU(PiecewiseLinear):
 
     @classmethod
     def from_call(cls, call: Call) -> PReLU:
-        weight = call.option("weight", 1, None).detach()
+        weight = call.constant("weight", 1)
+        assert weight is not None
         tail = [1] * (len(call.input_shape) - 1)
         return cls((0.0,), (weight.view(-1, *tail) if tail or weight.numel() > 1 else weight, 1.0))
 
@@ -179,6 +190,8 @@ class Clamp(PiecewiseLinear):
             low, high = call.option("min_val", 1, -1.0), call.option("max_val", 2, 1.0)
         if any(isinstance(end, Tensor) for end in (low, high)):
             raise UnsupportedOperation(f"clamp with tensor limits at {call.name!r}", "numbers as limits")
+        if low is not None and high is not None and low > high:
+            raise UnsupportedOperation(f"clamp to [{low}, {high}] at {call.name!r}", "min <= max")
         if high is None:
             return cls((float(low),), (0.0, 1.0), float(low))
         if low is None:
@@ -189,6 +202,10 @@ class Clamp(PiecewiseLinear):
         if len(self.kinks) == 2:
             return x.clamp(*self.kinks)
         return x.clamp(min=self.kinks[0]) if self.slopes[0] == 0.0 else x.clamp(max=self.kinks[0])
+
+    def _values(self, s: Tensor) -> Tensor:
+        """A clamp picks: its values are exact."""
+        return self.forward(s)
 
     def rounding_error(self, z: Interval) -> Tensor:
         """Only the limits round: a clamp at 0.1 returns the float nearest to 0.1."""

@@ -218,7 +218,7 @@ class Softplus(ClosedForm):
 class ELU(ClosedForm):
     """x above 0, a (exp(x) - 1) below; a kink at 0 unless a = 1; |f'''| <= a exp(x) below 0.
 
-    f'' at the kink is the left one: for the cell on its right, whose sag is 0, it only lowers the slack to 0.
+    f'' at the kink is the left one, a too much for the cell [0, q] on its right; a / q in place of |f'''| returns it.
     """
 
     inflections = (0.0,)
@@ -257,7 +257,7 @@ class ELU(ClosedForm):
         return Formula(
             lambda s: torch.where(s > 0, s, a * torch.expm1(s.clamp(max=0))),
             lambda s: torch.where(s > 0, 0.0, a * torch.exp(s.clamp(max=0))),
-            lambda r, upper: torch.where(upper > 0, 0.0, a * torch.exp(-r)),
+            lambda r, upper: torch.where(upper > 0, torch.where(r == 0, a / upper, 0.0), a * torch.exp(-r)),
             (0.0,),
         )
 

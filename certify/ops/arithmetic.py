@@ -79,7 +79,7 @@ class Sum(Affine):
 
 
 def _sum(call: Call, sign: float) -> Affine:
-    left, right = call.args[0], call.args[1]
+    left, right = call.option("input", 0, None), call.option("other", 1, None)
     if float(call.kwargs.get("alpha", 1)) != 1:
         raise UnsupportedOperation(f"alpha in a sum at {call.name!r}", "plain + and -")
     if isinstance(left, Input) and isinstance(right, Input):

@@ -85,7 +85,7 @@ class Affine(Rule):
 
     def transpose(self, A: Tensor) -> tuple[Tensor, ...]:
         """Return W^T A per input."""
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             zeros = [A.new_zeros((len(A), *shape), requires_grad=True) for shape in self.input_shapes]
             return torch.autograd.grad(self.linear(*zeros), zeros, A)
 

@@ -105,12 +105,14 @@ class ConvTranspose(Affine):
         output_padding: tuple[int, ...],
         dilation: tuple[int, ...],
         groups: int,
+        input_shape: tuple[int, ...],
     ) -> None:
         self.dims = weight.ndim - 2
         self.weight, self.magnitude = weight.detach(), weight.detach().abs()
         self.bias = None if bias is None else bias.detach().view(-1, *[1] * self.dims)
         self.stride, self.padding, self.output_padding = stride, padding, output_padding
         self.dilation, self.groups = dilation, groups
+        self.input_shapes = (input_shape,)
         kernel = math.prod(weight.shape[2:])
         self.fan_in, self.fan_out = weight.shape[0] // groups * kernel, weight.shape[1] * kernel
 
@@ -126,7 +128,11 @@ class ConvTranspose(Affine):
         return self._apply(xs[0], self.magnitude)
 
     def transpose(self, A: Tensor) -> tuple[Tensor, ...]:
-        return (_CONV[self.dims](A, self.weight, None, self.stride, self.padding, self.dilation, self.groups),)
+        """The convolution; an output_padding of a stride or more adds outputs that no input reaches."""
+        pulled = _CONV[self.dims](A, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+        for axis, size in enumerate(self.input_shapes[0][1:], 2):
+            pulled = pulled.narrow(axis, 0, size)
+        return (pulled,)
 
 
 @register_op(nn.Conv1d, nn.Conv2d, nn.Conv3d, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
@@ -182,4 +188,5 @@ def transposed_convolution(call: Call) -> ConvTranspose:
         output_padding=_tuple(call.option("output_padding", 5, 0), dims),
         groups=int(call.option("groups", 6, 1)),
         dilation=_tuple(call.option("dilation", 7, 1), dims),
+        input_shape=call.input_shape,
     )

@@ -39,16 +39,29 @@ class Average(Affine):
 )  # fmt: skip
 def average(call: Call) -> Average:
     """Rule of averages over positions of a sample."""
-    ones = call.run(torch.ones((2, *call.input_shape), dtype=torch.float64))
-    if ones.shape != (2, *call.output_shape):
-        raise UnsupportedOperation(f"{call.kind} at {call.name!r} mixes the batch", "the batch stays dimension 0")
-    kernel = call.option("kernel_size", 1, None) if "avg_pool" in call.kind or "AvgPool" in call.kind else None
-    terms = (
-        math.prod(call.input_shape)
-        if kernel is None or "daptive" in call.kind
-        else math.prod(_tuple(kernel, len(call.input_shape) - 1))
-    )
+    probe = torch.zeros((2, *call.input_shape), dtype=torch.float64, device=call.device)
+    probe[1] = 1
+    first, second = call.run(probe)
+    if first.shape != call.output_shape or bool((first != 0).any() | (second < 0).any()):
+        raise UnsupportedOperation(
+            f"{call.kind} at {call.name!r} mixes the batch, or has negative weights", "averages over one sample"
+        )
+    terms = max(math.prod(call.input_shape), math.prod(call.output_shape))
+    if "avg" in call.kind.lower() and "daptive" not in call.kind:
+        terms = math.prod(_tuple(call.option("kernel_size", 1, None), _spatial(call)))
     return Average(call.run, call.input_shape, terms)
+
+
+def _spatial(call: Call) -> int:
+    """The number of spatial dimensions that a pooling slides over: those of the sample, after its channels."""
+    dims = int(call.kind[-2])
+    if len(call.input_shape) != dims + 1:
+        raise UnsupportedOperation(
+            f"{call.kind} at {call.name!r} of samples of shape {call.input_shape}",
+            f"[batch, channels, and {dims} more]",
+            "x.unsqueeze(1)",
+        )
+    return dims
 
 
 class MaxPool(Rule):
@@ -143,7 +156,7 @@ def max_pool(call: Call) -> MaxPool:
     """Rule of max-pooling."""
     if call.option("return_indices", 6, False):
         raise UnsupportedOperation(f"max-pool with indices at {call.name!r}", "return_indices=False")
-    dims = len(call.input_shape) - 1
+    dims = _spatial(call)
     kernel = _tuple(call.option("kernel_size", 1, None), dims)
     stride: Any = call.option("stride", 2, None)
     return MaxPool(

@@ -147,7 +147,7 @@ def concatenate(call: Call) -> Concat:
 def _select(call: Call, fill: float) -> Select:
     """Run the operation on positions 1, 2, ... and read the map; what is no position must be the fill."""
     size = torch.Size(call.input_shape).numel()
-    positions = torch.arange(1, 2 * size + 1, dtype=torch.float64).view(2, *call.input_shape)
+    positions = torch.arange(1, 2 * size + 1, dtype=torch.float64, device=call.device).view(2, *call.input_shape)
     moved = call.run(positions)
     if moved.shape != (2, *call.output_shape):
         raise UnsupportedOperation(f"{call.kind} at {call.name!r} mixes the batch", "the batch stays dimension 0")
@@ -160,5 +160,5 @@ def _select(call: Call, fill: float) -> Select:
             f"{call.kind} at {call.name!r} does more than move elements of a sample",
             "a reshape, slice or padding",
         )
-    plain = bool(picked.all()) and torch.equal(index, torch.arange(size))
-    return Select(call.input_shape, call.output_shape, None if plain else index.to(call.device), fill)
+    plain = bool(picked.all()) and torch.equal(index, torch.arange(size, device=call.device))
+    return Select(call.input_shape, call.output_shape, None if plain else index, fill)

@@ -27,6 +27,7 @@ from certify.rounding import step_down, step_up, unit_roundoff
 from certify.sets import Box
 
 ROW_BYTES = 256 << 20  # memory for the coefficients of one block of rows
+OWN_BLOCK = 24  # rows per sample from which samples get blocks of their own, which share vectors without copies
 LIVE = 6  # copies of the coefficients that are alive at once
 
 
@@ -76,6 +77,11 @@ class Rows:
         """Add <|A|, error>; the factor covers the rounding of its own products."""
         self.loss = self.loss + inner(A.abs(), self.gather(error)) * (1 + 2 * inner_error(error[0].numel(), A.dtype))
 
+    def shift(self, constant: Tensor) -> None:
+        """Add to the offsets; large terms may cancel later, so each sum's own rounding is lost here."""
+        self.offset = self.offset + constant
+        self.loss = self.loss + 2.0**-53 * self.offset.abs()
+
     def halve(self) -> None:
         """Split every row into itself and its negative."""
         self.pending = {name: torch.cat([A, -A]) for name, A in self.pending.items()}
@@ -105,7 +111,7 @@ class Rows:
             self.loss = self.loss + self.knowledge.underflow(node)[self.index] * (1 + A.abs().flatten(1).amax(1))
         pulled, constant = node.rule.pull_back(A, None if relaxation is None else self._rows_of(relaxation))
         if constant is not None:
-            self.offset = self.offset + constant
+            self.shift(constant)
         for name, part in zip(node.inputs, pulled, strict=True):
             self.add(name, part)
 
@@ -118,14 +124,14 @@ class Rows:
             domain = self.knowledge.domain
         else:
             interval = self.knowledge.intervals[name]
-            if not bool(torch.isfinite(interval.lower).all() & torch.isfinite(interval.upper).all()):
-                self.offset = torch.full_like(self.offset, -torch.inf)
-                return
-            domain = Box(interval.lower, interval.upper)
+            known = torch.isfinite(interval.lower) & torch.isfinite(interval.upper)
+            whole = known.flatten(1).all(1)  # a sample that exploded has no bound, the others keep theirs
+            self.offset = torch.where(whole[self.index], self.offset, -torch.inf)
+            domain = Box(torch.where(known, interval.lower, 0), torch.where(known, interval.upper, 0))
         first = int(self.index[0])
         single = bool((self.index == first).all())
         own = domain.take(self.index[:1] if single else self.index)
-        self.offset = self.offset + own.infimum(A)
+        self.shift(own.infimum(A))
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Return lower and upper bounds per row, float64; sums of a few terms are stepped outward."""
@@ -188,7 +194,7 @@ def _blocks(knowledge: Knowledge, index: Tensor) -> list[slice]:
     widest = max(torch.Size(graph.shape(name)).numel() for name in (INPUT, *graph.nodes))
     most = max(1, ROW_BYTES // (LIVE * 2 * widest * graph.dtype.itemsize))
     ends = torch.cat([(index[1:] != index[:-1]).nonzero()[:, 0] + 1, index.new_tensor([len(index)])]).tolist()
-    if len(index) / len(ends) < 48:  # many samples with few rows each
+    if len(index) < OWN_BLOCK * len(ends):  # many samples with few rows each
         return [slice(i, min(i + most, len(index))) for i in range(0, len(index), most)]
     blocks, start = [], 0
     for end in ends:

@@ -30,7 +30,7 @@ class BoundMethod(Protocol):
         ...
 
     def bound(self, graph: Graph, domain: PerturbationSet, spec: Spec, arithmetic: Arithmetic) -> Interval:
-        """Return bounds of the rows C y + d, float64 [batch, rows]; NaN where nothing is known."""
+        """Return bounds of the rows C y + d, float64 [batch, rows]; infinite where nothing is known."""
         ...
 
 
@@ -47,7 +47,9 @@ class Propagation:
         """Return bounds of the rows; those of a relaxing method are never worse than its own intervals give."""
         knowledge = self.learn(graph, domain, arithmetic)
         margin = spec_rows(knowledge, spec, relax=False)
-        return margin & spec_rows(knowledge, spec, relax=True) if self.relax else margin
+        if self.relax:
+            margin = margin & spec_rows(knowledge, spec, relax=True)
+        return margin.sanitized()
 
 
 @register_method("ibp")
