@@ -1,0 +1,214 @@
+"""What was measured: rates with intervals, evaluations per radius and sample, layers. Frozen, plain data on request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import ClassVar
+
+from analysis.plain import Record
+from certify.errors import InvalidInput
+
+
+@dataclass(frozen=True)
+class Rate(Record):
+    """``count`` of ``total``; the true rate lies in [low, high] with 95 % confidence.
+
+    Reference: Clopper, Pearson (1934): exact for binomial counts, so the coverage is never below 95 %.
+    """
+
+    count: int
+    total: int
+    derived: ClassVar[tuple[str, ...]] = ("value", "low", "high")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.count <= self.total or self.total == 0:
+            raise InvalidInput(f"{self.count} of {self.total}", "0 <= count <= total", "at least one sample")
+
+    @property
+    def value(self) -> float:
+        """The share, count / total."""
+        return self.count / self.total
+
+    @property
+    def low(self) -> float:
+        """The lower end of the 95 % interval."""
+        from scipy.stats import beta
+
+        return float(beta.ppf(0.025, self.count, self.total - self.count + 1)) if self.count else 0.0
+
+    @property
+    def high(self) -> float:
+        """The upper end of the 95 % interval."""
+        from scipy.stats import beta
+
+        return float(beta.ppf(0.975, self.count + 1, self.total - self.count)) if self.count < self.total else 1.0
+
+
+@dataclass(frozen=True)
+class Outcome(Record):
+    """What is known about one sample at one radius.
+
+    ``attacked``: some point of the set is misclassified (the image itself counts).
+    ``worst`` is the smallest margin that was met, ``lower`` the certified lower bound of the smallest margin by
+    method, None where there is none: the image is misclassified or fell to the attack, or nothing is known.
+    """
+
+    radius: Fraction
+    attacked: bool
+    worst: float
+    lower: dict[str, float | None] = field(default_factory=dict)
+    derived: ClassVar[tuple[str, ...]] = ("verdict",)
+
+    def certified(self, method: str) -> bool:
+        """Return whether ``method`` proved the sample robust."""
+        lower = self.lower.get(method)
+        return lower is not None and lower > 0 and not self.attacked
+
+    @property
+    def verdict(self) -> str:
+        """The word of ``certify.Verdict``: holds (by some method), violated or unknown."""
+        if self.attacked:
+            return "violated"
+        return "holds" if any(self.certified(method) for method in self.lower) else "unknown"
+
+
+@dataclass(frozen=True)
+class SampleRecord(Record):
+    """One sample: its place in the data set, true label and prediction, and an outcome per radius.
+
+    ``margin`` is the true label's logit minus the largest other one; it must be positive to be ``correct``.
+    """
+
+    index: int
+    label: int
+    predicted: int
+    margin: float
+    outcomes: tuple[Outcome, ...]
+    derived: ClassVar[tuple[str, ...]] = ("correct",)
+
+    @property
+    def correct(self) -> bool:
+        """Whether the unchanged sample is classified right."""
+        return self.margin > 0
+
+
+@dataclass(frozen=True)
+class RadiusRow(Record):
+    """Robust accuracy at one radius, over ALL samples: misclassified ones count as not robust.
+
+    The true robust accuracy on the samples lies between ``certified`` of any method and ``attacked``.
+    """
+
+    radius: Fraction
+    attacked: Rate
+    certified: dict[str, Rate]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation(Record):
+    """certified <= attacked <= clean per radius, on the same samples, with all that is needed to repeat it."""
+
+    clean: Rate
+    rows: tuple[RadiusRow, ...]
+    norm: str
+    clip: tuple[float, float] | None
+    methods: tuple[str, ...]
+    attack: str
+    arithmetic: str
+    seed: int
+    samples: tuple[SampleRecord, ...]
+
+    @property
+    def count(self) -> int:
+        """The number of samples."""
+        return self.clean.total
+
+
+@dataclass(frozen=True)
+class LayerRow(Record):
+    """One node of the network; means are over samples and neurons, None stands for "has no such number".
+
+    ``lipschitz_upper`` is certified for the whole space, ``lipschitz_lower`` the largest ratio met on sampled pairs
+    (l2 both). ``width_ibp`` and ``width_crown`` are mean widths of the output's bounds; ``growth`` is the CROWN
+    width over that of the inputs. ``unstable`` is the share of neurons with a kink inside their bounds (piecewise
+    linear), ``gap`` the mean distance of the two lines around a smooth function. ``share`` of the looseness of the
+    margins adds up to 1 over the layers. ``distance_mean`` and ``distance_p95`` are l2 distances between the clean
+    and the attacked activations.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+    lipschitz_upper: float | None
+    lipschitz_lower: float | None
+    width_ibp: float
+    width_crown: float
+    growth: float | None
+    unstable: float | None
+    gap: float | None
+    share: float
+    distance_mean: float
+    distance_p95: float
+    moves_only: bool = False
+
+
+@dataclass(frozen=True)
+class Sensitivity(Record):
+    """A row per layer at one radius, measured on ``count`` correctly classified samples; ``sentences`` say the rest."""
+
+    radius: Fraction
+    norm: str
+    method: str
+    arithmetic: str
+    count: int
+    rows: tuple[LayerRow, ...]
+    sentences: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PairedRow(Record):
+    """Two networks on the same samples: how many only one of them gets right, and how likely that is by chance.
+
+    ``p_value`` is McNemar's exact test: small values say that the difference is no accident of the sample.
+    """
+
+    quantity: str
+    radius: Fraction | None
+    first_only: int
+    second_only: int
+    p_value: float
+
+
+@dataclass(frozen=True)
+class OutputBounds(Record):
+    """The outputs of one sample at one radius: value at the sample, lower and upper bounds over the set.
+
+    ``margin`` is the certified lower bound of the smallest class margin, None for a misclassified sample.
+    """
+
+    index: int
+    label: int
+    predicted: int
+    radius: Fraction
+    method: str
+    verdict: str
+    margin: float | None
+    value: tuple[float, ...]
+    lower: tuple[float, ...]
+    upper: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class NetworkReport(Record):
+    """All that was measured of one network; ``layers`` is None where no sample was right, or none was asked for."""
+
+    name: str
+    source: str
+    network: str
+    parameters: int
+    normalisation: str
+    evaluation: Evaluation
+    layers: Sensitivity | None = None
