@@ -1,0 +1,1 @@
+"""The command line: it talks, and leaves the work to the floors below."""

@@ -1,0 +1,105 @@
+"""``certify demo``: two networks on handwritten digits, from training to the layer to blame."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cli.subjects import Samples, Subject
+    from models.data import Dataset
+    from models.recipe import Recipe
+
+#: Name to activation: a ReLU net and a KAF net (which starts as an ELU) of the same shape.
+NETWORKS = {"relu": "relu", "kaf": "kaf-elu"}
+HIDDEN = (64, 64)
+RADII = "0.02,0.05,0.1"
+LAYER_RADIUS = "0.05"
+EPOCHS, QUICK_EPOCHS = 40, 6
+LAYER_SAMPLES, QUICK_SAMPLES = 100, 40
+
+
+def demo(
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Checkpoints and report.json go here.")] = Path("demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Few epochs and images: a check, not a result.")] = False,
+) -> None:
+    """Start here: two small networks, from training to the layer to blame.
+
+    Trains a ReLU net and a KAF net of the same shape on handwritten digits, attacks them, bounds them, and says in
+    plain words what came out. Needs no network and about half a minute.
+    """
+    from analysis.evaluation import Protocol
+    from cli import output, words
+    from cli.assessing import LayerPlan, assess, legend, show, show_together
+    from cli.parsing import attack_of, radii
+
+    console = output.console()
+    given, networks = _trained(console, out, quick)
+    protocol = Protocol(radii=radii(RADII), methods=("ibp", "crown"), attack=attack_of("pgd"))
+    plan = LayerPlan(radii(LAYER_RADIUS)[0], QUICK_SAMPLES if quick else LAYER_SAMPLES, out)
+    found = [assess(network, given, protocol, plan) for network in networks]
+    console.print(f"\nEvaluated on {given.text}.\n")
+    for report in found:
+        show(console, report)
+    show_together(console, found)
+    legend(console, (*words.LEGEND, *words.LAYER_LEGEND))
+    console.print("In plain words", style="bold")
+    for sentence in words.closing(found):
+        console.print(sentence, markup=False)
+    results = {"samples": given.text, "networks": found}
+    output.publish(str(out / "report.json"), "demo", output.arguments(out=out, quick=quick), results)
+    console.print(f"\nAll numbers: {out / 'report.json'}; the networks: {out / 'relu'}, {out / 'kaf'}", soft_wrap=True)
+
+
+def _trained(console: Console, out: Path, quick: bool) -> tuple[Samples, list[Subject]]:
+    """Train both networks and return them with the test images."""
+    from cli.options import DataOptions, NetworkOptions
+    from cli.subjects import samples, subjects
+    from models import data
+
+    digits, recipe = data.load("digits"), _recipe(quick)
+    console.print(
+        f"Training two networks of the same shape ({digits.train_x[0].numel()}-{'-'.join(map(str, HIDDEN))}-"
+        f"{digits.classes}) on {len(digits.train_x)} handwritten digits of 8x8 pixels: one with ReLU, one with "
+        "trainable kernel activation functions (KAF). Every image is attacked while they learn (fast adversarial "
+        f"training, radius {recipe.radius:g}, {recipe.epochs} epochs, weight decay {recipe.weight_decay:g}, KAF "
+        f"parameters at {recipe.kaf_lr:g} of the rate, seed {recipe.seed}).",
+    )
+    for name in NETWORKS:
+        _train(console, out / name, name, digits, recipe)
+    networks = subjects(NetworkOptions(checkpoints=[out / name for name in NETWORKS]))
+    chosen = DataOptions(samples=QUICK_SAMPLES if quick else len(digits.test_x))
+    return samples(chosen, networks), networks
+
+
+def _train(console: Console, place: Path, name: str, digits: Dataset, recipe: Recipe) -> None:
+    from cli.output import progress
+    from cli.theme import percent, seconds
+    from models.networks import architecture, build
+    from models.training import train
+
+    shape = architecture("mlp", digits.input_shape, digits.classes, NETWORKS[name], hidden=HIDDEN)
+    with progress(f"training {name}", recipe.epochs) as tick:
+        result = train(build(shape, seed=recipe.seed), digits, recipe, directory=place, on_epoch=lambda _: tick(1))
+    if result.status == "interrupted":
+        raise KeyboardInterrupt
+    best = result.records[result.best_epoch - 1]
+    console.print(f"  {name}: {seconds(result.seconds)}, validation accuracy {percent(best.val_accuracy)}")
+
+
+def _recipe(quick: bool) -> Recipe:
+    """Fast adversarial training; weight decay and a low rate for the KAF parameters keep functions smooth."""
+    from models.recipe import Recipe
+
+    return Recipe(
+        epochs=QUICK_EPOCHS if quick else EPOCHS,
+        method="fast",
+        radius=0.1,
+        weight_decay=1e-3,
+        kaf_lr=0.2,
+        device="cpu",
+    )

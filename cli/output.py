@@ -1,0 +1,96 @@
+"""Where things go: tables on stdout, progress on stderr, numbers in a JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from analysis.plain import encode
+from certify.errors import InvalidFile
+from cli.theme import PLAIN_WIDTH
+from models.files import write
+
+SCHEMA_VERSION = 1
+STDOUT = "-"
+
+
+def console(target: str | None = None) -> Console:
+    """Return the console for tables: stdout, or stderr where ``target`` sends JSON to stdout.
+
+    Raises ``InvalidFile`` if the JSON cannot be written to ``target``: before the work, not after it.
+    """
+    check_target(target)
+    stream = sys.stderr if target == STDOUT else sys.stdout
+    narrow = stream.isatty() or "COLUMNS" in os.environ
+    return Console(file=stream, width=None if narrow else PLAIN_WIDTH, highlight=False, soft_wrap=False)
+
+
+def check_target(target: str | Path | None) -> None:
+    """Raise ``InvalidFile`` unless a file can be written at ``target``."""
+    if target is None or target == STDOUT:
+        return
+    path = Path(target)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InvalidFile(
+            f"cannot write {path}", "a file in an existing folder", f"mkdir -p {path.parent}, or another name"
+        )
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar on stderr while the work goes on (nothing where stderr is no terminal); yields its tick."""
+    screen = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def publish(target: str | None, command: str, arguments: dict[str, Any], results: Any) -> None:
+    """Write the results as JSON, with all that is needed to repeat them; atomically, or to stdout for "-"."""
+    if target is None:
+        return
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "command": command,
+        "arguments": encode(arguments),
+        "seed": arguments.get("seed", 0),
+        "versions": _versions(),
+        "machine": {"system": platform.platform(), "cores": os.cpu_count()},
+        "results": encode(results),
+    }
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    if target == STDOUT:
+        sys.stdout.write(text)
+    else:
+        write({Path(target): text.encode()})
+
+
+def arguments(*bundles: Any, **others: Any) -> dict[str, Any]:
+    """Return the options of a command as plain data."""
+    found: dict[str, Any] = {}
+    for bundle in bundles:
+        found.update(asdict(bundle))
+    found.update(others)
+    return found
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("kafcert", "torch", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found

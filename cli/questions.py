@@ -1,0 +1,144 @@
+"""The commands that ask questions of networks: report, bounds, attack, lipschitz."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.options import (
+    AttackOptions,
+    BallOptions,
+    BoundOptions,
+    DataOptions,
+    LayerOptions,
+    NetworkOptions,
+    OutputOptions,
+)
+
+
+def report(
+    networks: NetworkOptions,
+    data: DataOptions,
+    ball: BallOptions,
+    bounding: BoundOptions,
+    attack: AttackOptions,
+    layers: LayerOptions,
+    output: OutputOptions,
+) -> None:
+    """Accuracy for certain and under attack, and layer by layer.
+
+    Several networks are measured on the same samples and put side by side.
+    """
+    from cli import output as out
+    from cli import words
+    from cli.assessing import assess, legend, plan_of, protocol_of, show, show_together
+    from cli.subjects import samples, subjects
+
+    console = out.console(output.json)
+    protocol = protocol_of(ball, data.seed, attack, bounding)
+    plan = plan_of(layers, protocol)
+    asked = subjects(networks)
+    given = samples(data, asked)
+    console.print(f"{given.text}\n")
+    found = []
+    for network in asked:
+        found.append(assess(network, given, protocol, plan))
+        show(console, found[-1])
+    if len(found) > 1:
+        show_together(console, found)
+    legend(console, words.LEGEND + (words.LAYER_LEGEND if plan.radius is not None else ()))
+    options = out.arguments(networks, data, ball, bounding, attack, layers)
+    out.publish(output.json, "report", options, {"samples": given.text, "networks": found})
+
+
+def bounds(
+    networks: NetworkOptions, data: DataOptions, ball: BallOptions, bounding: BoundOptions, output: OutputOptions
+) -> None:
+    """Certified bounds of single samples.
+
+    Margins of 5 samples (or --samples), and the outputs of the first one.
+    """
+    from dataclasses import replace
+
+    from analysis.outputs import output_bounds
+    from cli import output as out
+    from cli import render
+    from cli.assessing import protocol_of
+    from cli.subjects import inputs, samples, subjects
+
+    console = out.console(output.json)
+    protocol, asked = protocol_of(ball, data.seed, bounding=bounding), subjects(networks)
+    given = samples(data if data.samples is not None else replace(data, samples=5), asked)
+    console.print(f"{given.text}; {protocol.norm} balls; arithmetic: {protocol.arithmetic}\n")
+    found = {}
+    for network in asked:
+        rows = output_bounds(network.model, inputs(network, given), given.y, protocol, index=given.index)
+        found[network.name] = rows
+        console.print(f"[bold]{network.name}[/]: {network.network}; normalisation: {network.normalisation}")
+        console.print(render.margins(rows))
+        console.print(render.outputs(rows[-len(given.x)]))
+    out.publish(output.json, "bounds", out.arguments(networks, data, ball, bounding), {"networks": found})
+
+
+def attack(
+    networks: NetworkOptions,
+    data: DataOptions,
+    ball: BallOptions,
+    attack: AttackOptions,
+    output: OutputOptions,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Save the attacked samples as .npz.")
+    ] = None,
+) -> None:
+    """Attack networks and count what survives."""
+    from cli import output as out
+    from cli import render
+    from cli.assessing import protocol_of
+    from cli.attacking import attacked, save
+    from cli.subjects import samples, subjects
+
+    console = out.console(output.json)
+    out.check_target(out_file)
+    protocol, asked = protocol_of(ball, data.seed, attack), subjects(networks)
+    given = samples(data, asked)
+    console.print(given.text)
+    found = {}
+    for network in asked:
+        result = attacked(network, given, protocol)
+        found[network.name] = result.evaluation
+        for line in (f"\n[bold]{network.name}[/]: {network.network}", *render.conditions(result.evaluation)):
+            console.print(line)
+        console.print(render.accuracies(result.evaluation))
+        if out_file is not None:
+            save(out_file if len(asked) == 1 else out_file.with_stem(f"{out_file.stem}-{network.name}"), result)
+    out.publish(output.json, "attack", out.arguments(networks, data, ball, attack), {"networks": found})
+
+
+def lipschitz(
+    networks: NetworkOptions,
+    output: OutputOptions,
+    norm: Annotated[str, typer.Option(metavar="NORM", help="l2 or linf, of inputs and outputs.")] = "l2",
+    methods: Annotated[str, typer.Option(metavar="M,...", help="Estimators (see `certify ops`).")] = "product,jacobian",
+) -> None:
+    """How much a change of the input can change the outputs.
+
+    Bounds of the Lipschitz constant over the whole space, from above (certified) and from below (met).
+    """
+    from certify.lipschitz import lipschitz_constant
+    from cli import output as out
+    from cli import render
+    from cli.parsing import exponent, items
+    from cli.subjects import required_shape, subjects
+
+    console = out.console(output.json)
+    found = {}
+    names = items(methods, "methods", "product,jacobian")
+    for network in subjects(networks):
+        shape, p = required_shape(network), exponent(norm)
+        rows = [lipschitz_constant(network.model, p=p, method=name, input_shape=shape) for name in names]
+        found[network.name] = [row.to_dict() for row in rows]
+        console.print(f"[bold]{network.name}[/]: {network.network}; normalisation: {network.normalisation}")
+        console.print(render.lipschitz(rows, norm))
+    out.publish(output.json, "lipschitz", out.arguments(networks, norm=norm, methods=methods), {"networks": found})

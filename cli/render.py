@@ -1,0 +1,151 @@
+"""Records to rich tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+
+from rich.markup import escape
+from rich.table import Table
+
+from analysis.records import Evaluation, LayerRow, NetworkReport, OutputBounds, PairedRow, Sensitivity
+from certify.results import LipschitzEstimate
+from cli.theme import BAD, DIM, GOOD, NAME, WARN, count, number, percent, radius, rate, seconds, shape, table
+
+VERDICTS = {"holds": GOOD, "violated": BAD, "unknown": WARN}
+
+
+def heading(report: NetworkReport) -> Iterable[str]:
+    """Lines that say what was measured and how."""
+    found = report.evaluation
+    name, source = escape(report.name), escape(report.source)
+    yield f"[{NAME}]{name}[/] ({source}): {report.network}, {report.parameters:,} parameters"
+    yield f"normalisation: {report.normalisation}"
+    yield from conditions(found)
+
+
+def conditions(found: Evaluation) -> Iterable[str]:
+    """Lines about perturbations, attack and arithmetic."""
+    clip = "" if found.clip is None else f", pixels stay in [{found.clip[0]:g}, {found.clip[1]:g}]"
+    yield f"perturbations: {found.norm} balls{clip}; attack: {found.attack}, seed {found.seed}"
+    if found.methods:
+        yield f"certificates: {', '.join(found.methods)}; arithmetic: {found.arithmetic}"
+
+
+def accuracies(found: Evaluation, title: str = "Accuracy in percent (95 % interval)") -> Table:
+    """One row per radius: clean, attacked, certified."""
+    made = table(title, "radius", "clean", "after attack", *(f"certified\n({method})" for method in found.methods))
+    for row in found.rows:
+        certified = [rate(row.certified[method]) for method in found.methods]
+        made.add_row(radius(row.radius), rate(found.clean), rate(row.attacked), *certified)
+    return made
+
+
+def side_by_side(reports: Sequence[NetworkReport]) -> Table:
+    """One column per network, on the same samples."""
+    names = [report.name for report in reports]
+    made = table("Side by side, accuracy in percent (95 % interval)", "", *names)
+    found = [report.evaluation for report in reports]
+    made.add_row("clean", *(rate(item.clean) for item in found), end_section=True)
+    for place, row in enumerate(found[0].rows):
+        at = f"at {radius(row.radius)}"
+        made.add_row(f"{at}: after attack", *(rate(item.rows[place].attacked) for item in found))
+        for method in found[0].methods:
+            cells = (rate(item.rows[place].certified[method]) for item in found)
+            made.add_row(f"{at}: certified, {method}", *cells, end_section=method == found[0].methods[-1])
+    return made
+
+
+def layers(found: Sensitivity) -> tuple[Table, Table]:
+    """What each layer is and does to distances, and what it does to bounds."""
+    first = table(
+        "How far each layer carries a change",
+        *("layer", "kind", "output", "weights", "stretch\nat least", "stretch\nat most", "moved", "moved\n95th pct"),
+    )
+    costs = {title: column for title, column in COSTS.items() if any(column(row) for row in found.rows)}
+    second = table("What each layer costs the bounds", "layer", *costs)
+    worst = max((row.share for row in found.rows), default=0.0)
+    for row in found.rows:
+        first.add_row(
+            *(row.name, row.kind, shape(row.shape), count(row.parameters)),
+            *map(number, (row.lipschitz_lower, row.lipschitz_upper, row.distance_mean, row.distance_p95)),
+            style=DIM if row.moves_only else None,
+        )
+        second.add_row(row.name, *(column(row) or "-" for column in costs.values()), style=_style(row, worst))
+    return first, second
+
+
+#: Columns about bounds; one that is empty for every layer is left out.
+COSTS: dict[str, Callable[[LayerRow], str]] = {
+    "width\n(ibp)": lambda row: number(row.width_ibp),
+    "width\n(crown)": lambda row: number(row.width_crown),
+    "growth": lambda row: "" if row.growth is None else f"x {row.growth:.1f}",
+    "unstable": lambda row: "" if row.unstable is None else percent(row.unstable),
+    "gap": lambda row: "" if row.gap is None else number(row.gap),
+    "looseness": lambda row: percent(row.share) if row.share > 0 else "",
+}
+
+
+def comparison(rows: Iterable[PairedRow], names: tuple[str, str]) -> Table:
+    """How many samples only one of two networks gets right."""
+    made = table(
+        "The same samples, paired (McNemar's exact test)",
+        *("", *(f"only {name}" for name in names), "by chance"),
+    )
+    for row in rows:
+        at = "" if row.radius is None else f"at {radius(row.radius)}: "
+        chance = "< 0.001" if row.p_value < 0.001 else f"{row.p_value:.3f}"
+        made.add_row(f"{at}{row.quantity}", str(row.first_only), str(row.second_only), chance)
+    return made
+
+
+def timings(found: Evaluation) -> str:
+    """A line with the seconds spent per task."""
+    names = found.rows[0].seconds
+    parts = (f"{name} {seconds(sum(row.seconds[name] for row in found.rows))}" for name in names)
+    return f"time: {', '.join(parts)}"
+
+
+def margins(rows: Sequence[OutputBounds]) -> Table:
+    """One row per sample and radius: certified margins and the verdict."""
+    methods = list(dict.fromkeys(row.method for row in rows))
+    made = table("Certified lower bounds of the smallest margin", "sample", "radius", "label", "predicted", *methods)
+    made.add_column("verdict")
+    groups: dict[tuple[int, Fraction], list[OutputBounds]] = {}
+    for row in rows:
+        groups.setdefault((row.index, row.radius), []).append(row)
+    for (place, at), group in sorted(groups.items()):
+        words = {row.verdict for row in group}
+        word = next(word for word in VERDICTS if word in words)
+        cells = (number(row.margin) for row in group)
+        made.add_row(
+            *(str(place), radius(at), str(group[0].label), str(group[0].predicted), *cells),
+            f"[{VERDICTS[word]}]{word}[/]",
+        )
+    return made
+
+
+def outputs(row: OutputBounds) -> Table:
+    """What each output of one sample can become."""
+    title = f"Outputs of sample {row.index} at radius {radius(row.radius)}, by {row.method}"
+    made = table(title, "class", "value", "lower", "upper")
+    for place, cells in enumerate(zip(row.value, row.lower, row.upper, strict=True)):
+        made.add_row(str(place), *map(number, cells), style=NAME if place == row.label else None)
+    return made
+
+
+def lipschitz(rows: Sequence[LipschitzEstimate], norm: str) -> Table:
+    """The constants of the whole network, and of its layers where a method has them."""
+    made = table(f"Lipschitz constants ({norm} to {norm})", "", *(row.method for row in rows))
+    sides = {"upper": "at most (certified)", "lower": "at least (met)", "estimate": "about"}
+    made.add_row("says", *(sides[row.side] for row in rows))
+    made.add_row("network", *(number(row.value) for row in rows), style=NAME, end_section=True)
+    for name in dict.fromkeys(name for row in rows for name in row.layers):
+        made.add_row(name, *(number(row.layers.get(name)) for row in rows))
+    return made
+
+
+def _style(row: LayerRow, worst: float) -> str | None:
+    if row.moves_only:
+        return DIM
+    return NAME if row.share == worst > 0 else None

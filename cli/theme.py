@@ -1,0 +1,79 @@
+"""Number formats and styles of all tables."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+from rich import box
+from rich.table import Table
+
+from analysis.records import Rate
+
+GOOD, WARN, BAD, DIM, NAME = "green", "yellow", "red", "dim", "bold"
+
+#: Width of what is not printed to a terminal.
+PLAIN_WIDTH = 120
+
+
+def table(title: str, *columns: str, caption: str | None = None) -> Table:
+    """Return an empty table: the first column to the left, the others to the right; nothing is ever cut off."""
+    made = Table(
+        title=title,
+        caption=caption,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        min_width=len(title),  # else a narrow table would fold it
+    )
+    for place, name in enumerate(columns):
+        made.add_column(name, justify="right" if place else "left", overflow="fold")
+    return made
+
+
+def percent(share: float) -> str:
+    """96.4 %."""
+    return f"{100 * share:.1f} %"
+
+
+def rate(value: Rate) -> str:
+    """96.4 (94-98): percent with its 95 % interval, rounded outward."""
+    return f"{100 * value.value:.1f} ({math.floor(100 * value.low)}-{math.ceil(100 * value.high)})"
+
+
+def number(value: float | None) -> str:
+    """Three significant digits; - where there is no number."""
+    if value is None:
+        return "-"
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    if 0.01 <= abs(value) < 1000:
+        return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+    return f"{value:.2g}"
+
+
+def radius(value: Fraction) -> str:
+    """0.05 where that is exact and short, else 8/255."""
+    rest = value.denominator
+    for prime in (2, 5):
+        while rest % prime == 0:
+            rest //= prime
+    text = f"{float(value):.6g}"
+    return text if rest == 1 and Fraction(text) == value else str(value)
+
+
+def count(value: int) -> str:
+    """166,406."""
+    return f"{value:,}" if value else "-"
+
+
+def shape(value: tuple[int, ...]) -> str:
+    """32x7x7."""
+    return "x".join(map(str, value))
+
+
+def seconds(value: float) -> str:
+    """2.1 s."""
+    return f"{value:.1f} s" if value < 100 else f"{value:.0f} s"

@@ -1,0 +1,164 @@
+"""Bad inputs: exit code 2 or 5, at most three lines that say what to do, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cli.main import main
+
+OWN = "--data digits --samples 4 --no-layers --radius 0.02 --model usernets"
+NET = "--samples 4 --no-layers"
+
+#: Command line and exit code; files are made by ``plant``.
+CASES = {
+    "no command of that name": ("certainly", 2),
+    "no option of that name": ("report net --frobnicate", 2),
+    "no network": ("report", 2),
+    "missing checkpoint": ("report nowhere", 5),
+    "truncated weights": ("report truncated", 5),
+    "truncated json": ("report torn", 5),
+    "weights of another run": ("report swapped", 5),
+    "NaN in a checkpoint": ("report poisoned", 5),
+    "a pickle offered as checkpoint": ("report evil.pt", 5),
+    "an unknown architecture in a checkpoint": ("report strange", 5),
+    "a newer schema": ("report newer", 5),
+    "negative radius": ("report net --radius -1/255", 2),
+    "NaN radius": ("report net --radius nan", 2),
+    "infinite radius": ("report net --radius inf", 2),
+    "bad fraction": ("report net --radius 8/0", 2),
+    "empty radius": ("report net --radius 0.1,,0.2", 2),
+    "unknown norm": ("report net --norm l7", 2),
+    "unknown method": ("report net --methods crown,gown", 2),
+    "unknown arithmetic": ("report net --arithmetic exact", 2),
+    "unknown attack": ("attack net --attack bribe", 2),
+    "an option that the attack lacks": ("attack net --attack fgsm --restarts 3", 2),
+    "no steps": ("attack net --steps 0", 2),
+    "unknown data set": ("report net --data mmnist", 2),
+    "no data folder": ("report net --data mnist", 2),
+    "empty data folder": ("report net --data mnist --data-dir .", 5),
+    "missing npz": ("report net --data npz:none.npz", 5),
+    "npz without labels": ("report net --data npz:unlabelled.npz", 5),
+    "empty npz": ("report net --data npz:empty.npz", 5),
+    "npz with pickles": ("report net --data npz:objects.npz", 5),
+    "pixels out of range": ("report net --data npz:bright.npz", 5),
+    "negative labels": ("report net --data npz:negative.npz", 5),
+    "labels out of range": ("report net --data npz:labels.npz", 2),
+    "images of another shape": ("report net --data npz:wide.npz", 2),
+    "zero samples": ("report net --samples 0", 2),
+    "more samples than there are": ("report net --samples 451", 2),
+    "samples that are no number": ("report net --samples many", 2),
+    "normalisation of a checkpoint": ("report net --mean 0.5 --std 0.5", 2),
+    "json into a missing folder": ("report net --json none/out.json", 5),
+    "witnesses into a missing folder": ("attack net --out none/out.npz", 5),
+    "two layer radii": ("report net --layer-radius 0.1,0.2", 2),
+    "malformed --model": (f"report {OWN}", 2),
+    "no such module": ("report --data digits --model nonets:good", 2),
+    "no such factory": (f"report {OWN}:none", 2),
+    "a factory that raises": (f"report {OWN}:raises", 2),
+    "a factory with arguments": (f"report {OWN}:wants", 2),
+    "a factory that makes no network": (f"report {OWN}:number", 2),
+    "a network in train mode": (f"report {OWN}:training", 2),
+    "NaN weights": (f"report {OWN}:nan", 2),
+    "half precision": (f"report {OWN}:half", 2),
+    "hooks": (f"report {OWN}:hooked", 2),
+    "an operation without a rule": (f"report {OWN}:recurrent", 2),
+    "a branch on values": (f"report {OWN}:branching", 2),
+    "inputs that the network refuses": (f"report {OWN}:narrow", 2),
+    "fewer outputs than classes": (f"report {OWN}:three", 2),
+    "weights that do not fit": (f"report {OWN}:good --weights other.pt", 5),
+    "weights that are no state_dict": (f"report {OWN}:good --weights list.pt", 5),
+    "weights with code in them": (f"report {OWN}:good --weights evil.pt", 5),
+    "missing weights": (f"report {OWN}:good --weights none.pt", 5),
+    "bad mean": (f"report {OWN}:good --mean half --std 1", 2),
+    "std of zero": (f"report {OWN}:good --mean 0.5 --std 0", 2),
+    "mean without std": (f"report {OWN}:good --mean 0.5", 2),
+    "bad input shape": (f"report {OWN}:good --input-shape 8x8", 2),
+    "an input shape that the samples lack": (f"report {OWN}:good --input-shape 1,7,7", 2),
+    "checkpoint and --model": (f"report net {OWN}:good", 2),
+    "unknown input shape": ("lipschitz --model usernets:good", 2),
+    "l1 Lipschitz": ("lipschitz net --norm l1", 2),
+    "unknown estimator": ("lipschitz net --methods guess", 2),
+    "bounds by an unknown method": ("bounds net --methods maybe", 2),
+    "unknown architecture": ("train --arch transformer", 2),
+    "unknown activation": ("train --activation swash", 2),
+    "no epochs": ("train --epochs 0", 2),
+    "NaN rate": ("train --lr nan", 2),
+    "adversarial training without radius": ("train --method fast", 2),
+    "hidden layers that are none": ("train --hidden 64,zero", 2),
+    "a folder that holds a run": ("train --out net", 2),
+    "nothing to resume": ("train --out empty --resume", 5),
+    "training data without training images": ("train --data npz:labels.npz", 2),
+}
+
+
+class Evil:
+    """A pickle that would run code."""
+
+    def __reduce__(self) -> tuple:
+        return (print, ("pwned",))
+
+
+def plant(folder: Path) -> None:
+    """Make the bad files."""
+    weights, text = ((folder / "net" / name).read_bytes() for name in ("model.safetensors", "model.json"))
+    meta = json.loads(text)
+
+    def checkpoint(name: str, data: bytes, words: bytes) -> None:
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_bytes(data)
+        (folder / name / "model.json").write_bytes(words)
+
+    checkpoint("truncated", weights[:-50], text)
+    checkpoint("torn", weights, text[:-20])
+    checkpoint("swapped", weights[:-4] + b"\x00\x00\x80\x3f", text)
+    poisoned = weights[:-4] + b"\x00\x00\xc0\x7f"
+    import hashlib
+
+    digest = hashlib.sha256(poisoned).hexdigest()
+    checkpoint("poisoned", poisoned, json.dumps({**meta, "weights_sha256": digest}).encode())
+    strange = {**meta, "architecture": {**meta["architecture"], "network": "oracle"}}
+    checkpoint("strange", weights, json.dumps(strange).encode())
+    checkpoint("newer", weights, json.dumps({**meta, "schema_version": 99}).encode())
+    (folder / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    torch.save({"0.weight": torch.ones(3, 3)}, folder / "other.pt")
+    torch.save([torch.ones(3)], folder / "list.pt")
+    images, labels = np.full((5, 1, 8, 8), 0.5, np.float32), np.arange(5)
+    np.savez(folder / "unlabelled.npz", images=images)
+    np.savez(folder / "empty.npz", images=images[:0], labels=labels[:0])
+    np.savez(folder / "objects.npz", images=np.array([Evil()], dtype=object), labels=labels[:1])
+    np.savez(folder / "bright.npz", images=images * 3, labels=labels)
+    np.savez(folder / "negative.npz", images=images, labels=labels - 1)
+    np.savez(folder / "labels.npz", images=images, labels=labels + 8)
+    np.savez(folder / "wide.npz", images=images.repeat(2, 3), labels=labels)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("words", "code"), CASES.values(), ids=CASES.keys())
+def test_bad_input(words: str, code: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plant(folder)
+    before = snapshot(folder)
+    command, _, rest = words.partition(" ")
+    extra = NET.split() if command == "report" and "--samples" not in rest and "--no-layers" not in rest else []
+    assert main([command, *rest.split(), *extra]) == code
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.strip()]
+    assert 1 <= len(lines) <= 3
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in captured.err + captured.out
+    assert "pwned" not in captured.err + captured.out
+    assert "internal" not in captured.err
+    assert max(map(len, lines)) < 420
+    assert snapshot(folder) == before
+
+
+def test_there_are_at_least_thirty() -> None:
+    assert len(CASES) >= 30

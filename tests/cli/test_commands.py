@@ -1,0 +1,282 @@
+"""The commands do what they say: tables on stdout, JSON that can be read back, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import certify
+from analysis.records import Evaluation, NetworkReport
+from certify.enclosures import Interval
+from cli import theme
+from cli.main import main
+from models import checkpoint
+from models.data import load
+
+ROOT = Path(__file__).resolve().parents[2]
+Capture = pytest.CaptureFixture[str]
+
+
+def run(words: str) -> int:
+    """Run a command in this process; return its exit code."""
+    return main(words.split())
+
+
+def said(capsys: Capture, words: str) -> str:
+    """Run a command that succeeds silently on stderr; return its stdout."""
+    code = run(words)
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    assert captured.err == ""
+    return captured.out
+
+
+def process(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m cli`` in a folder, as a user does."""
+    paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "cli", *words],
+        cwd=folder,
+        env={**os.environ, **paths, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_report_prints_and_writes_the_same_numbers(folder: Path, capsys: Capture) -> None:
+    words = "report net --radius 0.02,1/10 --samples 40 --restarts 1 --steps 5 --layer-samples 8 --json out.json"
+    text = said(capsys, words)
+    document = json.loads((folder / "out.json").read_text())
+    assert document["schema_version"] == 1
+    assert document["arguments"]["radius"] == "0.02,1/10"
+    assert document["seed"] == 0
+    assert set(document["versions"]) >= {"python", "torch", "kafcert"}
+    report = NetworkReport.from_dict(document["results"]["networks"][0])
+    assert [row.radius for row in report.evaluation.rows] == [Fraction(1, 50), Fraction(1, 10)]
+    for row in report.evaluation.rows:
+        assert theme.rate(row.attacked) in text
+        for rate in row.certified.values():
+            assert theme.rate(rate) in text
+            assert rate.count <= row.attacked.count <= report.evaluation.clean.count
+    assert report.layers is not None
+    for word in ("40 of 450 test images of digits (seed 0)", "normalisation: none", "float32-any-order", "PGD(steps=5"):
+        assert word in " ".join(text.split())
+    assert " ".join(report.layers.sentences[0].split()) in " ".join(text.split())
+
+
+def test_several_networks_stand_side_by_side(folder: Path, capsys: Capture) -> None:
+    words = "report net net/model.json --radius 0.02 --samples 10 --no-layers --methods crown --arithmetic real"
+    text = said(capsys, words)
+    assert "Side by side" in text
+    assert "do not differ by more than chance" in text
+    assert "arithmetic: real" in text
+
+
+def test_json_to_stdout_is_json_alone(folder: Path, capsys: Capture) -> None:
+    assert run("report net --radius 0.02 --samples 5 --no-layers --json -") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["command"] == "report"
+    assert "Accuracy in percent" in captured.err
+
+
+def test_a_users_own_network_from_both_kinds_of_weights(folder: Path, capsys: Capture) -> None:
+    own = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.Tanh(), torch.nn.Linear(16, 10))
+    torch.save(own.state_dict(), folder / "own.pt")
+    save_file(own.state_dict(), folder / "own.safetensors")
+    words = "report --model usernets:good --data digits --samples 20 --radius 0.02 --no-layers --mean 0.3 --std 0.4"
+    found = []
+    for file in ("own.pt", "own.safetensors"):
+        text = said(capsys, f"{words} --weights {file} --json out.json")
+        assert "mean 0.3; std 0.4" in text
+        found.append(json.loads((folder / "out.json").read_text())["results"]["networks"][0]["evaluation"]["clean"])
+    data = load("digits")
+    from models.data import subset
+
+    x, y, _ = subset(data.test_x, data.test_y, 20, 0)
+    hits = int((own.eval()((x - 0.3) / 0.4).argmax(1) == y).sum())
+    assert [rate["count"] for rate in found] == [hits, hits]
+
+
+def test_flat_networks_get_flat_samples(folder: Path, capsys: Capture) -> None:
+    words = "report --model usernets:flat --data digits --samples 5 --radius 0.01 --input-shape 64 --layer-samples 2"
+    assert "Linear, 650 parameters" in said(capsys, words)
+
+
+def test_bounds_hold_the_outputs(folder: Path, capsys: Capture) -> None:
+    text = said(capsys, "bounds net --radius 0.02 --samples 3 --methods crown --json out.json")
+    rows = json.loads((folder / "out.json").read_text())["results"]["networks"]["net"]
+    assert len(rows) == 3
+    for row in rows:
+        assert all(lo <= v <= up for lo, v, up in zip(row["lower"], row["value"], row["upper"], strict=True))
+        assert str(row["index"]) in text
+
+
+def test_attack_saves_points_of_the_ball_that_fool(folder: Path, capsys: Capture) -> None:
+    said(capsys, "attack net --radius 1/10,0.3 --samples 30 --out adv.npz --json out.json")
+    found = Evaluation.from_dict(json.loads((folder / "out.json").read_text())["results"]["networks"]["net"])
+    model, data = checkpoint.load(folder / "net").model, load("digits")
+    with np.load(folder / "adv.npz") as saved:
+        clean, labels = data.test_x[torch.from_numpy(saved["index"])], torch.from_numpy(saved["labels"])
+        for row, name in zip(found.rows, ("1_10", "3_10"), strict=True):
+            points, fooled = torch.from_numpy(saved[f"images_{name}"]), torch.from_numpy(saved[f"fooled_{name}"])
+            assert bool(certify.LpBall(clean, row.radius, clip=(0.0, 1.0)).contains(points).all())
+            assert torch.equal(model(points).argmax(1) != labels, fooled)
+            assert row.attacked.count == 30 - int(fooled.sum())
+
+
+def test_lipschitz_bounds_enclose(folder: Path, capsys: Capture) -> None:
+    text = said(capsys, "lipschitz net --json out.json")
+    upper, lower = json.loads((folder / "out.json").read_text())["results"]["networks"]["net"]
+    assert (upper["side"], lower["side"]) == ("upper", "lower")
+    assert lower["value"] <= upper["value"]
+    assert theme.number(upper["value"]) in text
+
+
+def test_ops_lists_all_registries(capsys: Capture) -> None:
+    text = said(capsys, "ops")
+    for word in ("nn.Conv2d", "nn.GELU", "models.KAF", "crown-ibp", "pgd", "product", "fashion-mnist"):
+        assert word in text
+
+
+def test_train_writes_resumes_and_is_not_overwritten(folder: Path, capsys: Capture) -> None:
+    words = "train --activation kaf --hidden 8 --epochs 2 --out run --method fast --radius 1/10 --normalise"
+    text = said(capsys, words)
+    assert "epoch   2" in text
+    assert "test accuracy" in text
+    meta = checkpoint.load(folder / "run").meta
+    assert meta["recipe"]["radius"] == 0.1
+    assert len(meta["normalisation"]["mean"]) == 1
+    assert run(words) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    said(capsys, f"{words} --resume")
+    assert "mean" in said(capsys, "report run --samples 5 --radius 0.01 --no-layers")
+
+
+def test_an_interrupted_training_says_what_is_saved(
+    folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from models.training import _Run
+
+    epoch = _Run.epoch
+
+    def once(self: _Run) -> object:
+        if self.progress.epoch == 1:
+            raise KeyboardInterrupt
+        return epoch(self)
+
+    monkeypatch.setattr(_Run, "epoch", once)
+    assert run("train --hidden 4 --epochs 3 --out run") == 130
+    assert "--resume continues" in capsys.readouterr().err
+    assert (folder / "run" / "model.safetensors").is_file()
+
+
+class Liar:
+    """A method that certifies everything."""
+
+    name = "liar"
+
+    def bound(self, graph: object, domain: object, spec: certify.Spec, arithmetic: object) -> Interval:
+        one = torch.ones_like(spec.d, dtype=torch.float64)
+        return Interval(one, one)
+
+
+def test_a_soundness_alarm_has_its_own_exit_code(
+    folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(certify.registry.METHODS, "liar", Liar)
+    assert run("report net --methods liar --radius 0.3 --samples 20 --no-layers") == 6
+    assert len(capsys.readouterr().err.splitlines()) == 3
+    assert len(list((folder / "alarms").glob("*.npz"))) == 1
+
+
+def test_internal_errors_are_short_too(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr("models.checkpoint.load", broken)
+    assert run("report net") == 6
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert "planted" in lines[0]
+
+
+def test_the_demo_runs_and_its_report_can_be_read(folder: Path) -> None:
+    done = process(folder, "demo", "--quick", "--out", "shown")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "\x1b" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= theme.PLAIN_WIDTH
+    for word in ("In plain words", "relu", "kaf", "costs most", "Side by side"):
+        assert word in done.stdout
+    results = json.loads((folder / "shown" / "report.json").read_text())["results"]
+    reports = [NetworkReport.from_dict(data) for data in results["networks"]]
+    assert [report.name for report in reports] == ["relu", "kaf"]
+    assert all(len(report.evaluation.rows) == 3 for report in reports)
+    assert {path.name for path in (folder / "shown").iterdir()} == {"relu", "kaf", "report.json"}
+
+
+@pytest.mark.slow
+def test_the_whole_demo_keeps_its_promises(folder: Path) -> None:
+    done = process(folder, "demo")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((folder / "demo" / "report.json").read_text())["results"]
+    for data in results["networks"]:
+        found = NetworkReport.from_dict(data).evaluation
+        assert found.count == 450
+        assert found.clean.value >= 0.95
+        assert found.rows[0].certified["crown"].value > 0.85
+        assert found.rows[1].certified["crown"].value > 0.7
+
+
+@pytest.mark.parametrize("command", ["", "demo", "train", "report", "bounds", "attack", "lipschitz", "ops"])
+def test_help_needs_no_torch(folder: Path, command: str) -> None:
+    code = (
+        "import sys; from cli.main import main; "
+        f"assert main({[command, '--help'] if command else ['--help']!r}) == 0; "
+        "assert not {'torch', 'certify', 'models', 'scipy', 'numpy'} & set(sys.modules), 'heavy imports'"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Usage: certify" in done.stdout
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_tables_fit_the_terminal(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = said(capsys, "report net --radius 2/255,8/255 --samples 10 --layer-samples 4")
+    assert max(map(len, text.splitlines())) <= columns
+    assert "…" not in text
+    for word in ("looseness", "after attack", "95th pct", "linear1"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (0.12345, "0.123"),
+        (12.345, "12.3"),
+        (999.6, "1000"),
+        (1234.5, "1.2e+03"),
+        (float("inf"), "inf"),
+        (None, "-"),
+    ],
+)
+def test_numbers_have_three_digits(value: float | None, text: str) -> None:
+    assert theme.number(value) == text
+
+
+def test_radii_keep_their_form() -> None:
+    assert [theme.radius(Fraction(word)) for word in ("2/255", "0.1", "1/3", "0")] == ["2/255", "0.1", "1/3", "0"]
