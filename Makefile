@@ -23,7 +23,7 @@ types: $(TESTED)
 	$(BIN)/mypy
 
 unit: $(TESTED)
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 # Install the built wheel into a folder of its own and use it from elsewhere, with the environment's dependencies.
 wheel: $(TESTED)

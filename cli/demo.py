@@ -32,11 +32,14 @@ def demo(
     Trains a ReLU net and a KAF net of the same shape on handwritten digits, attacks them, bounds them, and says in
     plain words what came out. Needs no network and about half a minute.
     """
+    import torch
+
     from analysis.evaluation import Protocol
     from cli import output, words
     from cli.assessing import LayerPlan, assess, legend, show, show_together
     from cli.parsing import attack_of, radii
 
+    torch.set_num_threads(1)  # layers of 64 neurons only lose to a second thread, ten-fold on a busy machine
     console = output.console()
     given, networks = _trained(console, out, quick)
     protocol = Protocol(radii=radii(RADII), methods=("ibp", "crown"), attack=attack_of("pgd"))
