@@ -1,4 +1,4 @@
-"""Options that belong together are one dataclass; a command asks for it as one parameter."""
+"""What stands around a command: options as nouns, and the check of the house."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, get_type_hints
+
+import typer
+
+from cli.complaints import INTERRUPTED
 
 
 def bundled(command: Callable[..., None]) -> Callable[..., None]:
@@ -35,6 +39,23 @@ def bundled(command: Callable[..., None]) -> Callable[..., None]:
     flat.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # what typer reads
     flat.__annotations__ = {option.name: option.annotation for option in options}
     return flat
+
+
+def at_home(command: Callable[..., None]) -> Callable[..., None]:
+    """Return ``command`` behind a check that our packages are not hidden by a user's folders of the same names."""
+
+    @functools.wraps(command)
+    def checked(**values: Any) -> None:
+        from certify.errors import require_siblings
+
+        require_siblings("models", "analysis", "cli")
+        try:
+            command(**values)
+        except KeyboardInterrupt:  # typer would end without a word
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+    return checked
 
 
 def _options(bundle: type) -> list[inspect.Parameter]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
 import typer
 
 from cli import questions
-from cli.bundles import bundled
+from cli.bundles import at_home, bundled
 from cli.catalogue import ops
 from cli.complaints import complain
 from cli.demo import demo
@@ -24,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _command in (demo, train, questions.report, questions.bounds, questions.attack, questions.lipschitz, ops):
-    app.command()(bundled(_command))
+    app.command()(bundled(at_home(_command)))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     0 proved or done, 1 falsified, 2 usage, 3 unknown, 4 timeout, 5 bad input file, 6 soundness alarm or internal
     error, 130 interrupted. Errors are at most three lines on stderr.
     """
+    # Read when torch loads. OpenMP's waiting threads spin by default, which on a busy machine takes the cores from
+    # those that work: ten times slower with as many other processes as cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = sys.argv[1:] if arguments is None else arguments
     try:
         code = typer.main.get_command(app)(args=given or ["--help"], prog_name="certify", standalone_mode=False)

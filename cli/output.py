@@ -33,7 +33,8 @@ def console(target: str | None = None) -> Console:
     check_target(target)
     stream = sys.stderr if target == STDOUT else sys.stdout
     narrow = stream.isatty() or "COLUMNS" in os.environ
-    return Console(file=stream, width=None if narrow else PLAIN_WIDTH, highlight=False, soft_wrap=False)
+    colors: Any = None if os.environ.get("NO_COLOR") else "auto"  # None: no bold type either
+    return Console(file=stream, width=None if narrow else PLAIN_WIDTH, highlight=False, color_system=colors)
 
 
 def check_target(target: str | Path | None) -> None:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from rich.markup import escape
 from rich.table import Table
 
-from analysis.records import Evaluation, LayerRow, NetworkReport, OutputBounds, PairedRow, Sensitivity
+from analysis.records import Evaluation, LayerRow, NetworkReport, OutputBounds, Sensitivity
 from certify.results import LipschitzEstimate
 from cli.theme import BAD, DIM, GOOD, NAME, WARN, count, number, percent, radius, rate, seconds, shape, table
 
@@ -60,7 +60,7 @@ def layers(found: Sensitivity) -> tuple[Table, Table]:
     """What each layer is and does to distances, and what it does to bounds."""
     first = table(
         "How far each layer carries a change",
-        *("layer", "kind", "output", "weights", "stretch\nat least", "stretch\nat most", "moved", "moved\n95th pct"),
+        *("layer", "kind", "output", "params", "stretch\nat least", "stretch\nat most", "moved", "moved\n95th pct"),
     )
     costs = {title: column for title, column in COSTS.items() if any(column(row) for row in found.rows)}
     second = table("What each layer costs the bounds", "layer", *costs)
@@ -84,19 +84,6 @@ COSTS: dict[str, Callable[[LayerRow], str]] = {
     "gap": lambda row: "" if row.gap is None else number(row.gap),
     "looseness": lambda row: percent(row.share) if row.share > 0 else "",
 }
-
-
-def comparison(rows: Iterable[PairedRow], names: tuple[str, str]) -> Table:
-    """How many samples only one of two networks gets right."""
-    made = table(
-        "The same samples, paired (McNemar's exact test)",
-        *("", *(f"only {name}" for name in names), "by chance"),
-    )
-    for row in rows:
-        at = "" if row.radius is None else f"at {radius(row.radius)}: "
-        chance = "< 0.001" if row.p_value < 0.001 else f"{row.p_value:.3f}"
-        made.add_row(f"{at}{row.quantity}", str(row.first_only), str(row.second_only), chance)
-    return made
 
 
 def timings(found: Evaluation) -> str:

@@ -13,13 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from certify.errors import CertifyError, InvalidInput, InvalidModel, require_siblings
+from certify.errors import CertifyError, InvalidInput, InvalidModel
 from cli.options import DataOptions, NetworkOptions
 from cli.parsing import integers, numbers
 from models import checkpoint, data
 from models.networks import Normalize
-
-require_siblings("models", "analysis", "cli")
 
 #: Samples taken where none are asked for.
 SAMPLES = 200

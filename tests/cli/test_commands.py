@@ -40,13 +40,12 @@ def said(capsys: Capture, words: str) -> str:
     return captured.out
 
 
-def process(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def process(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run ``python -m cli`` in a folder, as a user does."""
-    paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-P", "-m", "cli", *words],
+        [sys.executable, "-m", "cli", *words],
         cwd=folder,
-        env={**os.environ, **paths, **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
@@ -180,6 +179,15 @@ def test_an_interrupted_training_says_what_is_saved(
     assert (folder / "run" / "model.safetensors").is_file()
 
 
+def test_ctrl_c_says_so(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("models.checkpoint.load", stop)
+    assert run("report net") == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 class Liar:
     """A method that certifies everything."""
 
@@ -223,6 +231,16 @@ def test_the_demo_runs_and_its_report_can_be_read(folder: Path) -> None:
     assert [report.name for report in reports] == ["relu", "kaf"]
     assert all(len(report.evaluation.rows) == 3 for report in reports)
     assert {path.name for path in (folder / "shown").iterdir()} == {"relu", "kaf", "report.json"}
+
+
+@pytest.mark.parametrize("name", ["models", "analysis"])
+def test_a_users_folder_of_our_name_is_an_error_that_says_so(folder: Path, name: str) -> None:
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text("")
+    done = process(folder, "ops")
+    assert done.returncode == 2
+    assert f"the package '{name}' comes from" in done.stderr
+    assert len(done.stderr.splitlines()) == 3
 
 
 @pytest.mark.slow
