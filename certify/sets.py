@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
+from certify.duality import l1_dual, l1_shrink, l2_dual, l2_scale
 from certify.enclosures import Interval
 from certify.errors import InvalidInput
 from certify.rounding import gamma, round_down, round_up, step_down, step_up
@@ -132,7 +133,7 @@ class Box(PerturbationSet):
                 "lower <= upper everywhere",
                 "swap or intersect the ends",
             )
-        self.hull = Interval(lower.double(), upper.double())
+        self.hull = Interval(*(end.detach().to(torch.float64, copy=True) for end in (lower, upper)))
         middle = (self.hull.lower + self.hull.width / 2).to(lower.dtype)
         self.center = torch.minimum(torch.maximum(middle, lower), upper)
 
@@ -180,7 +181,7 @@ class LpBall(PerturbationSet):
         _check_points("center", center)
         if p not in (1, 2, torch.inf):
             raise InvalidInput(f"p = {p!r}", "p = 1, 2 or inf", "p=torch.inf for pixelwise perturbations")
-        self.center, self.p = center, float(p)
+        self.center, self.p = center.detach().clone(), float(p)  # the caller may write into its own tensor
         self.radius = _radii(radius, center)
         reach = self.radius.view(-1, *[1] * (center.ndim - 1))
         lower, upper = step_down(center.double() - reach), step_up(center.double() + reach)
@@ -212,9 +213,9 @@ class LpBall(PerturbationSet):
             dual = magnitude.amax(1) if self.p == 1 else magnitude.square().sum(1).sqrt()
             rise = radius * dual
         elif self.p == 1:
-            rise = _l1_dual(magnitude, cap, radius)
+            rise = l1_dual(magnitude, cap, radius)
         else:
-            rise = _l2_dual(magnitude, cap, radius)
+            rise = l2_dual(magnitude, cap, radius)
         error = gamma(3 * b.shape[1] + 20, torch.float64)
         return (b * center).sum(1) + rise + error * ((magnitude * center.abs()).sum(1) + 2 * rise.abs())
 
@@ -231,7 +232,7 @@ class LpBall(PerturbationSet):
             move = torch.minimum(room, (self.radius[:, None] - spent).clamp(min=0))
             step = torch.zeros_like(b).scatter(1, order, move)
         else:
-            step = torch.minimum(magnitude * _l2_scale(magnitude, cap, self.radius)[:, None], cap)
+            step = torch.minimum(magnitude * l2_scale(magnitude, cap, self.radius)[:, None], cap)
         step = torch.where(magnitude > 0, step, 0)
         return self._land(self.center.double() + (step * b.sign()).view_as(a))
 
@@ -252,10 +253,10 @@ class LpBall(PerturbationSet):
         v = (x.double() - self.center.double()).flatten(1)
         magnitude, cap = v.abs(), self._caps(v)
         if self.p == 2:  # KKT: min(|v| t, cap) with t <= 1
-            scale = _l2_scale(magnitude, cap, self.radius).clamp(max=1)[:, None]
+            scale = l2_scale(magnitude, cap, self.radius).clamp(max=1)[:, None]
             step = torch.minimum(magnitude * scale, cap)
         else:
-            step = _l1_shrink(magnitude, cap, self.radius)
+            step = l1_shrink(magnitude, cap, self.radius)
         return self._land(self.center.double() + (step * v.sign()).view_as(x))
 
     def contains(self, x: Float[Tensor, "batch *shape"]) -> Bool[Tensor, "batch"]:
@@ -361,50 +362,3 @@ def _distance_exceeds(x: Tensor, center: Tensor, radius: Tensor) -> Tensor:
     error = (a - (s - t)) - (b + t)
     error = torch.where(s < 0, -error, error)
     return (s.abs() > reach) | ((s.abs() == reach) & (error > 0))
-
-
-def _l2_scale(magnitude: Tensor, cap: Tensor, radius: Tensor) -> Tensor:
-    """Return the t >= 0 with sum min(magnitude t, cap)^2 = radius^2 (inf if the caps are never exhausted)."""
-    breaks = torch.where(magnitude > 0, cap / magnitude.clamp(min=1e-300), torch.inf)
-    breaks, order = breaks.sort(1)
-    b2, c2 = (v.gather(1, order).square() for v in (magnitude, cap))
-    c2 = torch.where(torch.isinf(breaks), 0, c2)
-    saturated = c2.cumsum(1) - c2  # caps of the coordinates whose break lies before this one
-    free = b2.flip(1).cumsum(1).flip(1)
-    t = ((radius.square()[:, None] - saturated).clamp(min=0) / free.clamp(min=1e-300)).sqrt()
-    first = (t <= breaks).long().argmax(1, keepdim=True)
-    found = (t <= breaks).any(1) & (free.gather(1, first)[:, 0] > 0)
-    return torch.where(found, t.gather(1, first)[:, 0], torch.inf)
-
-
-def _l2_dual(magnitude: Tensor, cap: Tensor, radius: Tensor) -> Tensor:
-    """Return max <b, d>, |d| <= cap, ||d||_2 <= radius, by its Lagrange dual: an upper bound for any multiplier."""
-    t = _l2_scale(magnitude, cap, radius)
-    multiplier = torch.where(t > 0, 0.5 / t, 0)[:, None]
-    step = torch.minimum(magnitude * t[:, None].nan_to_num(posinf=1e300), cap)
-    boxed = (magnitude * cap).sum(1)
-    dual = multiplier[:, 0] * radius.square() + (magnitude * step - multiplier * step.square()).sum(1)
-    # t = 0 only for radius 0 or b = 0: the box alone bounds it then, with caps of the same size as the radius.
-    return torch.where((t > 0) & torch.isfinite(dual), torch.minimum(dual, boxed), boxed)
-
-
-def _l1_dual(magnitude: Tensor, cap: Tensor, radius: Tensor) -> Tensor:
-    """Return max <b, d>, |d| <= cap, ||d||_1 <= radius: the dual value at the knapsack's threshold."""
-    values, order = magnitude.sort(1, descending=True)
-    spent = cap.gather(1, order).cumsum(1)
-    reached = spent >= radius[:, None]
-    first = reached.long().argmax(1, keepdim=True)
-    multiplier = torch.where(reached.any(1), values.gather(1, first)[:, 0], 0)
-    return multiplier * radius + ((magnitude - multiplier[:, None]).clamp(min=0) * cap).sum(1)
-
-
-def _l1_shrink(magnitude: Tensor, cap: Tensor, radius: Tensor) -> Tensor:
-    """Return the projection's steps min((magnitude - mu)+, cap) with sum <= radius, by bisection on mu."""
-    low, high = torch.zeros_like(radius), magnitude.amax(1)
-    inside = torch.minimum(magnitude, cap).sum(1) <= radius
-    for _ in range(80):
-        mu = (low + high) / 2
-        fits = torch.minimum((magnitude - mu[:, None]).clamp(min=0), cap).sum(1) <= radius
-        low, high = torch.where(fits, low, mu), torch.where(fits, mu, high)
-    mu = torch.where(inside, 0, high)
-    return torch.minimum((magnitude - mu[:, None]).clamp(min=0), cap)

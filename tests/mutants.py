@@ -1,191 +1,310 @@
-"""Planted bugs of bound code: each replaces one attribute, and must be killed by the check beside it.
+"""Planted bugs: each breaks one rule of the engine in-process, and names the smallest check that must notice.
 
-A mutant is (name, object, attribute, replacement maker, check). The check passes on the real code and raises
-``AssertionError`` under the mutant.
+Every one of them has been seen in the wild or is one line away from the code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
+import smallest_checks as check
 import torch
-from strategies import convolutional, dense, inputs
-from torch import nn
-from zero_slack import check_bounds
+from torch import Tensor, nn
 
 import certify
-import models
-from certify import rounding, sets
-from certify.activations import enclose, piecewise
+from certify.activations import enclose, piecewise, smooth
+from certify.activations.piecewise import PiecewiseLinear
 from certify.enclosures import Interval, Relaxation
-from certify.ops import arithmetic, base, conv, linear, pool
-from certify.propagate import backward, methods, state
-from certify.testing import check_activation, check_op, check_set
+from certify.graph import Call, _Builder
+from certify.ops.arithmetic import Scale, Sum
+from certify.ops.base import Affine, Elementwise, inner
+from certify.ops.conv import Conv, ConvTranspose
+from certify.ops.linear import Linear
+from certify.ops.pool import MaxPool
+from certify.ops.shape import Select
+from certify.propagate import methods
+from certify.propagate.backward import Rows
+from certify.propagate.state import Knowledge
+from certify.sets import LpBall
+from models.kaf_facts import GaussianCurve
+
+Patch = pytest.MonkeyPatch
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One planted bug: ``make(original)`` replaces ``target.attribute``; ``check`` must notice."""
+    """``plant`` breaks the engine; ``check`` passes on the sound one and must raise on the broken one."""
 
     name: str
-    target: Any
-    attribute: str
-    make: Callable[[Any], Any]
+    plant: Callable[[Patch], None]
     check: Callable[[], None]
 
 
-def _sound(model: nn.Module, shape: tuple[int, ...], radius: float = 0.05) -> Callable[[], None]:
-    """Zero-slack soundness of a network, all methods."""
-
-    def check() -> None:
-        tally = check_bounds(model, certify.LpBall(inputs(shape), radius, clip=(0.0, 1.0)), count=4)
-        assert tally.violations == 0, tally.examples[:3]
-
-    return check
+MUTANTS: list[Mutant] = []
 
 
-def _rounding_matters() -> None:
-    """At radius 0 only the rounding terms separate the bounds from the network's own executions."""
-    for radius in (0.0, 1e-9):
-        _sound(dense("relu", (40, 60, 60, 4), seed=1), (40,), radius)()
-        _sound(convolutional("relu", seed=1), (2, 5, 5), radius)()
+def mutant(check: Callable[[], None]) -> Callable[[Callable[[Patch], None]], Callable[[Patch], None]]:
+    """Register a planted bug together with the check that must kill it."""
+
+    def register(plant: Callable[[Patch], None]) -> Callable[[Patch], None]:
+        MUTANTS.append(Mutant(plant.__name__, plant, check))
+        return plant
+
+    return register
 
 
-def _affine_is_attained() -> None:
-    check_op(nn.Sequential(nn.Conv2d(2, 3, 3, stride=2), nn.Flatten(), nn.Linear(12, 4)), (2, 6, 6))
+def _keep(function: Any, change: Callable[[Any], Any]) -> Any:
+    """The function with its result changed."""
+    return lambda *arguments, **options: change(function(*arguments, **options))
 
 
-def _max_pool() -> None:
-    check_op(nn.Sequential(nn.MaxPool2d(3, 2, 1)), (2, 7, 7))
+@mutant(check.relu_network)
+def swapped_signs_in_pull_back(patch: Patch) -> None:
+    def pull_back(self: Elementwise, A: Tensor, r: Relaxation | None) -> Any:
+        assert r is not None
+        pulled = torch.where(A >= 0, r.upper_slope, r.lower_slope) * A
+        return (pulled,), inner(A.clamp(min=0), r.upper_offset) + inner(A.clamp(max=0), r.lower_offset)
+
+    patch.setattr(Elementwise, "pull_back", pull_back)
 
 
-def _batch_norm() -> None:
-    norm = nn.BatchNorm2d(2)
-    norm.running_var.copy_(torch.tensor([0.1, 4.0]))
-    check_op(nn.Sequential(norm), (2, 3, 3))
+@mutant(check.linear_rule)
+def no_absolute_value_in_linear(patch: Patch) -> None:
+    patch.setattr(Linear, "absolute", Linear.linear)
 
 
-def _l2_and_l1_balls() -> None:
-    for p in (1, 2):
-        for clip in (None, (0.0, 1.0)):
-            check_set(certify.LpBall(torch.rand(3, 5), 0.4, p=p, clip=clip))
+@mutant(check.convolution_rule)
+def no_absolute_value_in_convolution(patch: Patch) -> None:
+    patch.setattr(Conv, "absolute", Conv.linear)
 
 
-def _relu_facts() -> None:
-    check_activation(piecewise.ReLU((0.0,), (0.0, 1.0)))
+@mutant(check.whole_balls)
+def wrong_dual_exponent(patch: Patch) -> None:
+    """The l2 ball with the dual norm of the l1 ball."""
+
+    def support(self: LpBall, a: Tensor) -> Tensor:
+        b = a.double().flatten(1)
+        return (b * self.center.double().flatten(1)).sum(1) + self.radius * b.abs().amax(1)
+
+    patch.setattr(LpBall, "support", support)
 
 
-def _kaf_facts() -> None:
-    torch.manual_seed(0)
-    check_activation(models.KAFFacts(models.KAF(4, init="elu").eval(), None, 2), 4, cases=60)
+@mutant(check.clipped_balls)
+def no_radius_in_support(patch: Patch) -> None:
+    patch.setattr("certify.sets.l2_dual", lambda magnitude, cap, radius: torch.zeros_like(radius))
 
 
-def _verdicts() -> None:
-    model = nn.Linear(2, 2, bias=False).eval()
-    with torch.no_grad():
-        model.weight.zero_()
-    claim = certify.class_margins(torch.tensor([0]), 2)
-    found = certify.prove(model, certify.LpBall(torch.rand(1, 2), 0.1), claim, arithmetic="real")
-    assert found.verdicts == [certify.Verdict.UNKNOWN]
+@mutant(check.clipped_balls)
+def clip_forgotten(patch: Patch) -> None:
+    before = LpBall.__init__
+
+    def init(self: LpBall, *arguments: Any, **options: Any) -> None:
+        before(self, *arguments, **options)
+        self._clipped = False
+
+    patch.setattr(LpBall, "__init__", init)
 
 
-def _swapped(relaxation: Relaxation) -> Relaxation:
-    r = relaxation
-    return Relaxation(r.upper_slope, r.upper_offset, r.lower_slope, r.lower_offset)
+@mutant(check.silu_facts)
+def no_sag_in_enclose(patch: Patch) -> None:
+    def flat(cells: Any) -> Any:
+        return replace(cells, sag_up=cells.sag_up * 0, sag_down=cells.sag_down * 0)
+
+    patch.setattr(enclose._Cells, "between", _keep(enclose._Cells.between, flat))
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    return None
+@mutant(check.kaf_facts)
+def no_third_derivative_of_a_kaf(patch: Patch) -> None:
+    patch.setattr(GaussianCurve, "third", lambda self, lower, upper: torch.zeros_like(lower))
 
 
-DENSE, CONV = _sound(dense("relu", seed=2), (6,)), _sound(convolutional("relu", seed=2), (2, 5, 5))
+@mutant(check.kinked_base)
+def kink_taken_for_smooth(patch: Patch) -> None:
+    """f'' of ELU at 0 from the left, for the cell on the right as well."""
+    before = smooth.ELU.formula
 
-MUTANTS = [
-    Mutant("rows take the wrong line", base.Elementwise, "pull_back",
-           lambda real: lambda self, A, r: real(self, A, _swapped(r)), DENSE),
-    Mutant("missing |W| in dense intervals", linear.Linear, "absolute", lambda _: linear.Linear.linear, DENSE),
-    Mutant("missing |W| in convolution intervals", conv.Conv, "absolute", lambda _: conv.Conv.linear, CONV),
-    Mutant("forgotten bias in pull_back", base.Affine, "pull_back",
-           lambda real: lambda self, A, r: (real(self, A, r)[0], None), _affine_is_attained),
-    Mutant("transposed weight misread", linear.Linear, "transpose",
-           lambda real: lambda self, A: (-real(self, A)[0],), _affine_is_attained),
-    Mutant("kernel written into the wrong place", conv.Conv, "rows",
-           lambda real: lambda self, n, shape: (real(self, n, shape)[0].roll(1, -1),), CONV),
-    Mutant("a fork overwritten instead of added", backward.Rows, "add",
-           lambda _: lambda self, name, A: self.pending.__setitem__(name, A), CONV),
-    Mutant("second operand of a difference keeps its sign", arithmetic.Sum, "transpose",
-           lambda _: lambda self, A: (A, A),
-           lambda: check_op(_Difference(), (5,))),
-    Mutant("max-pool lines swapped", pool.MaxPool, "pull_back",
-           lambda real: lambda self, A, r: real(self, A, _swapped(r)), _max_pool),
-    Mutant("max-pool forgets overlapping windows", pool.MaxPool, "interval",
-           lambda _: lambda self, z: Interval(self.run(z.lower), self.run(z.lower)), _max_pool),
-    Mutant("batch norm pulled back without its scale", arithmetic.Scale, "transpose",
-           lambda _: lambda self, A: (A,), _batch_norm),
-    Mutant("l2 support forgets the radius", sets, "_l2_dual", lambda real: lambda m, c, r: 0.9 * real(m, c, r),
-           _l2_and_l1_balls),
-    Mutant("l1 support with the wrong dual", sets, "_l1_dual", lambda real: lambda m, c, r: 0.9 * real(m, c, r),
-           _l2_and_l1_balls),
-    Mutant("box support by the centre alone", sets, "_box_support",
-           lambda real: lambda a, hull, sign=1.0: real(a, Interval(hull.lower, hull.lower), sign), DENSE),
-    Mutant("no sag between grid points", enclose._Cells, "ceiling",
-           lambda _: lambda self, a: torch.maximum(self.fp - a * self.p, self.fq - a * self.q), _kaf_facts),
-    Mutant("lines through the ends only", piecewise.PiecewiseLinear, "_vertices",
-           lambda real: lambda self, z: tuple(part[[0, -1]] for part in real(self, z)), _relu_facts),
-    Mutant("offsets not rounded outward", piecewise, "outward",
-           lambda _: lambda dtype, low, up: Relaxation(*(part.to(dtype) for part in (*low, *up))),
-           lambda: _chords_are_above()),
-    Mutant("no rounding error of affine layers", base.Affine, "rounding_error",
-           lambda _: _nothing, _rounding_matters),
-    Mutant("intervals not widened for the float network", state.Knowledge, "forward_interval",
-           lambda _: lambda self, node: node.rule.interval(*self.inputs(node)), _rounding_matters),
-    Mutant("rows lose nothing to rounding", backward.Rows, "lose", lambda _: _nothing, lambda: _rows_alone()),
-    Mutant("directed rounding to nearest", rounding, "round_down", lambda _: lambda x, dtype: x.to(dtype),
-           lambda: _round_down_is_below()),
-    Mutant("only half of the rows are negated", backward.Rows, "halve",
-           lambda real: lambda self: (real(self), setattr(self, "offset", self.offset.abs()))[0], DENSE),
-    Mutant("ties count as proofs", methods.Propagation, "bound",
-           lambda real: lambda self, *a: Interval(real(self, *a).lower + 1e-6, real(self, *a).upper), _verdicts),
-]  # fmt: skip
+    def formula(self: smooth.ELU) -> smooth.Formula:
+        found = before(self)
+        return replace(found, bound=lambda r, upper: torch.where(upper > 0, 0.0, self.alpha * torch.exp(-r)))
+
+    patch.setattr(smooth.ELU, "formula", formula)
 
 
-class _Difference(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(5, 4), nn.Linear(5, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a(x) - self.b(x)
+@mutant(check.linear_rule)
+def forgotten_bias(patch: Patch) -> None:
+    patch.setattr(Affine, "pull_back", lambda self, A, relaxation: (self.transpose(A), None))
 
 
-def _chords_are_above() -> None:
-    """In exact arithmetic, at both ends of many float32 intervals."""
-    from fractions import Fraction
-
-    generator = torch.Generator().manual_seed(0)
-    z = Interval(-torch.rand(1, 300, generator=generator), torch.rand(1, 300, generator=generator))
-    r = piecewise.ReLU((0.0,), (0.0, 1.0)).relax(z)
-    columns = (z.lower[0], z.upper[0], r.upper_slope[0], r.upper_offset[0])
-    for low, high, slope, offset in zip(*(column.tolist() for column in columns), strict=True):
-        for end in (low, high):
-            assert Fraction(slope) * Fraction(end) + Fraction(offset) >= max(Fraction(end), 0)
+@mutant(check.residual)
+def fork_overwritten(patch: Patch) -> None:
+    patch.setattr(Rows, "add", lambda self, name, A: self.pending.__setitem__(name, A))
 
 
-def _rows_alone() -> None:
-    """CROWN rows at radius 0, without the help of interval bounds, against the network's own value."""
-    model, x = dense("relu", (40, 60, 60, 4), seed=1), inputs((40,), 8)
-    domain = certify.LpBall(x, 0.0)
-    graph = certify.graph.trace(model, x)
-    eye = torch.eye(4).expand(8, -1, -1)
-    with torch.no_grad():
-        knowledge = certify.CROWN().learn(graph, domain, rounding.FloatAnyOrder(torch.float32))
-        found = methods.spec_rows(knowledge, certify.Spec(eye, torch.zeros(8, 4)), relax=True)
-        for y in (model(x), torch.cat([model(part) for part in x.split(1)])):
-            assert bool(((found.lower <= y.double()) & (y.double() <= found.upper)).all())
+@mutant(check.wide_eps)
+def wrong_eps_of_batch_norm(patch: Patch) -> None:
+    before = Call.option
+    patch.setattr(Call, "option", lambda self, name, *rest: 1e-5 if name == "eps" else before(self, name, *rest))
 
 
-def _round_down_is_below() -> None:
-    x = torch.rand(1000, dtype=torch.float64)
-    assert bool((rounding.round_down(x, torch.float32).double() <= x).all())
+@mutant(check.relu_facts)
+def offsets_swapped(patch: Patch) -> None:
+    def swapped(r: Relaxation) -> Relaxation:
+        return Relaxation(r.lower_slope, r.upper_offset, r.upper_slope, r.lower_offset)
+
+    patch.setattr(piecewise, "outward", _keep(piecewise.outward, swapped))
+
+
+@mutant(check.exact_chords)
+def offsets_rounded_to_nearest(patch: Patch) -> None:
+    def nearest(dtype: torch.dtype, lower: Any, upper: Any) -> Relaxation:
+        return Relaxation(*(value.to(dtype) for value in (*lower, *upper)))
+
+    patch.setattr(piecewise, "outward", nearest)
+
+
+@mutant(check.rounding)
+def no_rounding_error_of_affine_layers(patch: Patch) -> None:
+    patch.setattr(Affine, "rounding_error", lambda self, *zs: None)
+
+
+@mutant(check.rounding_behind_relu)
+def no_loss_in_rows(patch: Patch) -> None:
+    patch.setattr(Rows, "lose", lambda self, A, error: None)
+
+
+@mutant(check.rounding_behind_relu)
+def intermediate_bounds_not_widened(patch: Patch) -> None:
+    def interval(self: Knowledge, node: Any) -> Interval:
+        return node.rule.interval(*self.inputs(node))
+
+    patch.setattr(Knowledge, "forward_interval", interval)
+
+
+@mutant(check.batch_norm)
+def centre_forgotten_in_rounding(patch: Patch) -> None:
+    """gamma |s| |x - mean| instead of gamma |s| (|x| + |mean|)."""
+    patch.setattr(Scale, "rounding_error", lambda self, *zs: self.interval(*zs).magnitude * 18 * 2.0**-24)
+
+
+@mutant(check.max_pool_rule)
+def max_pool_ends_swapped(patch: Patch) -> None:
+    patch.setattr(MaxPool, "interval", lambda self, z: Interval(self.run(z.upper), self.run(z.lower)))
+
+
+@mutant(check.max_pool_rule)
+def max_pool_lines_swapped(patch: Patch) -> None:
+    before = MaxPool.pull_back
+
+    def pull_back(self: MaxPool, A: Tensor, r: Relaxation) -> Any:
+        return before(self, A, Relaxation(r.upper_slope, r.upper_offset, r.lower_slope, r.lower_offset))
+
+    patch.setattr(MaxPool, "pull_back", pull_back)
+
+
+@mutant(check.strided_convolution)
+def output_padding_dropped(patch: Patch) -> None:
+    def transpose(self: Conv, A: Tensor) -> tuple[Tensor]:
+        small = nn.functional.conv_transpose2d(
+            A, self.weight, None, self.stride, self.padding, 0, self.groups, self.dilation
+        )
+        missing = [n - m for n, m in zip(self.input_shapes[0][1:], small.shape[2:], strict=True)]
+        return (nn.functional.pad(small, (missing[1], 0, missing[0], 0)),)
+
+    patch.setattr(Conv, "transpose", transpose)
+
+
+@mutant(check.grouped_rows)
+def groups_forgotten_in_rows(patch: Patch) -> None:
+    before = Conv.rows
+
+    def rows(self: Conv, neuron: Tensor, shape: tuple[int, ...]) -> Any:
+        groups, self.groups = self.groups, 1
+        try:
+            return before(self, neuron, shape)
+        finally:
+            self.groups = groups
+
+    patch.setattr(Conv, "rows", rows)
+
+
+@mutant(check.padding_rule)
+def fill_forgotten(patch: Patch) -> None:
+    patch.setattr(Select, "pull_back", lambda self, A, relaxation: (self.transpose(A), None))
+
+
+@mutant(check.clamp_facts)
+def clamp_values_by_differences(patch: Patch) -> None:
+    """value + (s - limit), which no float equals, taken for exact."""
+    patch.setattr(piecewise.Clamp, "_values", PiecewiseLinear._values)
+    patch.setattr(PiecewiseLinear, "_exact_values", True)
+
+
+@mutant(check.bands)
+def constants_of_the_claim_forgotten(patch: Patch) -> None:
+    before = methods.spec_rows
+    patch.setattr(
+        methods, "spec_rows", lambda knowledge, spec, **o: before(knowledge, certify.Spec(spec.C, spec.d * 0), **o)
+    )
+
+
+@mutant(check.overflow)
+def overflow_taken_for_a_bound(patch: Patch) -> None:
+    patch.setattr(Interval, "sanitized", lambda self: self)
+
+
+@mutant(check.hidden_clamp)
+def writes_unnoticed(patch: Patch) -> None:
+    patch.setattr(_Builder, "_check_unwritten", lambda self, node: None)
+
+
+@mutant(check.sorted_features)
+def any_tuple_taken_for_pieces(patch: Patch) -> None:
+    patch.setattr(_Builder, "_check_split", lambda self, node, module: self.splits.add(node))
+
+
+@mutant(check.small_noise)
+def randomness_unnoticed(patch: Patch) -> None:
+    patch.setattr("certify.safeguards._random_states", lambda device: [])
+
+
+@mutant(check.transposed_rule)
+def outputs_beyond_the_input(patch: Patch) -> None:
+    patch.setattr(
+        ConvTranspose, "transpose", lambda self, A: (nn.functional.conv1d(A, self.weight, dilation=self.dilation),)
+    )
+
+
+@mutant(check.difference_rule)
+def sign_of_a_difference_forgotten(patch: Patch) -> None:
+    patch.setattr(Sum, "transpose", lambda self, A: (A, A))
+
+
+@mutant(check.scale_rule)
+def scale_forgotten(patch: Patch) -> None:
+    patch.setattr(Scale, "transpose", lambda self, A: (A,))
+
+
+@mutant(check.relu_facts)
+def lines_through_the_ends_only(patch: Patch) -> None:
+    before = PiecewiseLinear._vertices
+    patch.setattr(PiecewiseLinear, "_vertices", lambda self, z: tuple(part[[0, -1]] for part in before(self, z)))
+
+
+@mutant(check.relu_network)
+def constants_of_negated_rows_kept(patch: Patch) -> None:
+    before = Rows.halve
+
+    def halve(self: Rows) -> None:
+        before(self)
+        self.offset = self.offset.abs()
+
+    patch.setattr(Rows, "halve", halve)
+
+
+@mutant(check.ties)
+def ties_taken_for_proofs(patch: Patch) -> None:
+    before = methods.Propagation.bound
+    patch.setattr(methods.Propagation, "bound", _keep(before, lambda z: Interval(z.lower + 1e-6, z.upper)))

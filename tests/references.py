@@ -132,30 +132,28 @@ def _sum_in_order(W: Tensor, x: Tensor, bias: Tensor | None, generator: torch.Ge
 
 
 def module_values(model: nn.Module, x: Tensor, graph: Graph) -> dict[str, Tensor]:
-    """Return what the model's own modules compute, by node name, seen through hooks that are removed again."""
-    seen: dict[str, Tensor] = {}
-    handles = []
+    """Return what the model's own modules compute, by node name, seen through hooks that are removed again.
 
-    def remember(path: str):
-        def hook(module, arguments, output):
-            name, use = path, 1
-            while name in seen:
-                use += 1
-                name = f"{path}@{use}"
-            seen[name] = output.detach().clone()
-
-        return hook
-
-    for path, module in model.named_modules():
-        if path:
-            handles.append(module.register_forward_hook(remember(path)))
+    Modules whose calls are not all nodes (some may be dead code) are left out.
+    """
+    seen: dict[str, list[Tensor]] = {path: [] for path, _ in model.named_modules() if path}
+    modules = dict(model.named_modules())
+    handles = [
+        modules[path].register_forward_hook(lambda _, __, output, calls=calls: calls.append(output.detach().clone()))
+        for path, calls in seen.items()
+    ]
     try:
         with torch.no_grad():
             model(x)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: value for name, value in seen.items() if name in graph.nodes}
+    values = {}
+    for path, calls in seen.items():
+        names = [path, *(f"{path}@{use}" for use in range(2, len(calls) + 1))]
+        if len(calls) == sum(name.split("@")[0] == path for name in graph.nodes):
+            values.update(zip(names, calls, strict=True) if calls else ())
+    return {name: value for name, value in values.items() if name in graph.nodes}
 
 
 def graph_of(model: nn.Module, domain: certify.PerturbationSet) -> Graph:

@@ -1,13 +1,16 @@
-"""Planted bugs must be seen: every mutant's check passes on the real code and fails under the mutant."""
+"""The tests would notice: every planted bug is killed by its check, which passes without it."""
 
 import pytest
 from mutants import MUTANTS
 
 
+@pytest.mark.parametrize("check", {mutant.check for mutant in MUTANTS}, ids=lambda check: check.__name__)
+def test_the_sound_engine_passes(check):
+    check()
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
 def test_the_planted_bug_is_killed(mutant, monkeypatch):
-    mutant.check()
-    original = getattr(mutant.target, mutant.attribute)
-    monkeypatch.setattr(mutant.target, mutant.attribute, mutant.make(original))
-    with pytest.raises(AssertionError):
+    mutant.plant(monkeypatch)
+    with pytest.raises((Exception, pytest.fail.Exception)):  # a crash is as good as a failure
         mutant.check()

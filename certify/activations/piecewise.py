@@ -69,7 +69,8 @@ class PiecewiseLinear(Activation):
         if self._exact_values:
             return torch.zeros_like(z.lower)
         steepest = self.slope_range(Interval(torch.minimum(z.lower, z.lower * 0), z.upper)).magnitude
-        return 4 * unit_roundoff(z.lower.dtype) * (z.magnitude * steepest + self._size)
+        size = z.magnitude * steepest + self._size
+        return 4 * unit_roundoff(z.lower.dtype) * size + torch.finfo(z.lower.dtype).tiny
 
     def undecided(self, z: Interval) -> Tensor:
         mask = torch.zeros_like(z.lower, dtype=torch.bool)

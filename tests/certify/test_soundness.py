@@ -20,10 +20,11 @@ QUICK = [name for name in FAMILIES if not name.startswith(("images", "deep kaf")
 
 def _check(name, dtype, radius, kinds, *, seed=0, count=1):
     build, shape = FAMILIES[name]
+    methods = ("crown", ("ibp", "crown-ibp")[list(FAMILIES).index(name) // 2 % 2])
     model, x = build(seed=seed).to(dtype), inputs(shape, dtype=dtype, seed=seed)
     for kind, domain in domains(x, radius).items():
         if kind in kinds:
-            tally = check_bounds(model, domain, seed=seed, count=count, orders=1)
+            tally = check_bounds(model, domain, methods, seed=seed, count=count, orders=1)
             assert tally.checks > 1000
             assert tally.violations == 0, (kind, radius, tally.examples[:5])
 
@@ -50,7 +51,7 @@ def test_image_networks_and_deep_kafs(name, radius):
 
 @pytest.mark.slow
 def test_random_graphs():
-    for seed in range(60):
+    for seed in range(30):
         dtype, radius = (torch.float32, torch.float64)[seed % 2], RADII[seed % 5]
         model, x = random_graph(seed=100 + seed).to(dtype), inputs((6,), dtype=dtype, seed=seed)
         domain = list(domains(x, radius).values())[seed % 4]
@@ -116,15 +117,15 @@ def test_lines_of_a_network_enclose_its_activations(name):
 
 def test_a_kink_in_a_kafs_base_is_no_smooth_point():
     """At the kink of an ELU base f'' jumps from a to 0: a concave kernel sum must not borrow the left one."""
-    for alpha in (0.2, 1.0, 3.0):
-        kaf = models.KAF(1, size=5, base=nn.ELU(alpha)).eval()
+    for alpha, height in ((1.0, 3.0), (5.0, 6.0), (20.0, 20.0)):
+        kaf = models.KAF(1, size=5, gamma=0.3, base=nn.ELU(alpha)).eval()
         with torch.no_grad():
-            kaf.alpha.copy_(torch.tensor([[0.0, 0.0, 2.0, 0.0, 0.0]]))  # concave around 0
+            kaf.alpha.copy_(torch.tensor([[0.0, 0.0, height, 0.0, 0.0]]))  # concave around 0
         facts = trace(kaf, torch.zeros(1, 1)).nodes["model"].rule.facts
-        for low, high in ((0.0, 0.2), (-0.1, 0.4), (0.0, 1.0), (-1.0, 0.0)):
+        for low, high in ((0.0, 0.2), (-0.1, 0.4), (0.0, 2.0), (-1.0, 1.0)):
             z = certify.Interval(*(torch.full((1, 1), end, dtype=torch.float64) for end in (low, high)))
             s = torch.linspace(low, high, 4001, dtype=torch.float64).view(-1, 1)
-            y = kaf.double()(s)
+            y = kaf.double()(s).detach()
             found, r = facts.range(z), facts.relax(z)
             assert float(y.max()) <= float(found.upper) + 1e-12
             assert float(y.min()) >= float(found.lower) - 1e-12
@@ -155,10 +156,10 @@ def test_overflow_knows_nothing():
         assert bool(((y >= found.lower) & (y <= found.upper)).all())
     wild = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 3)).eval()
     with torch.no_grad():
-        wild[0].weight.mul_(1e30)
-        wild[2].weight.mul_(1e30)
+        wild[0].weight.mul_(1e17)
+        wild[2].weight.mul_(1e17)
     for method in ("ibp", "crown-ibp", "crown"):
-        for interval in certify.layer_bounds(wild, certify.LpBall(torch.rand(2, 4), 0.1), method).values():
+        for interval in certify.layer_bounds(wild, certify.LpBall(torch.rand(2, 4), 1e6), method).values():
             assert not bool((interval.lower == torch.inf).any())
             assert not bool((interval.upper == -torch.inf).any())
 
@@ -171,6 +172,19 @@ def test_one_exploding_sample_does_not_spoil_its_neighbours():
         both = certify.bounds(model, certify.LpBall(x, radius), method)
         alone = certify.bounds(model, certify.LpBall(x[:1], 0.1), method)
         torch.testing.assert_close(both.lower[:1], alone.lower, rtol=1e-5, atol=1e-5)
+
+
+def test_sets_keep_their_numbers_when_the_caller_writes_into_its_tensors():
+    for dtype in (torch.float32, torch.float64):
+        x = inputs((4,), dtype=dtype)
+        before = x.clone()
+        sets = [certify.LpBall(x, 0.1), certify.LpBall(x, 0.1, p=2), certify.Box(x, x)]
+        a = torch.ones_like(x)
+        supports = [domain.support(a) for domain in sets]
+        x.add_(1)
+        for domain, support in zip(sets, supports, strict=True):
+            assert torch.equal(domain.center, before)
+            assert torch.equal(domain.support(a), support)
 
 
 def test_batch_normalisation_with_large_means():

@@ -1,0 +1,225 @@
+"""The smallest checks that notice a broken engine: each passes on the sound one; tests/mutants.py names them."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from references import AnyOrder, graph_of, points
+from strategies import Function, affine, dense, domains, inputs
+from torch import Tensor, nn
+
+import certify
+import models
+from certify.activations import smooth
+from certify.activations.piecewise import PiecewiseLinear
+from certify.enclosures import Interval
+from certify.graph import trace
+from certify.propagate.methods import resolve_method
+from certify.rounding import FloatAnyOrder
+from certify.sets import LpBall
+from certify.testing import check_activation, check_op, check_set
+
+
+def sound(model: nn.Module, domain: certify.PerturbationSet, method: str = "crown") -> None:
+    """Bounds of outputs and nodes hold at corners, faces and random points, in several orders of summation."""
+    generator = torch.Generator().manual_seed(0)
+    found, execute = certify.layer_bounds(model, domain, method), AnyOrder(graph_of(model, domain))
+    for x in points(domain, generator, 15):
+        values = execute(x, generator)
+        with torch.no_grad():
+            pairs = [*((values[name], found[name]) for name in found), (model(x), list(found.values())[-1])]
+        for value, interval in pairs:
+            assert bool(((value >= interval.lower) & (value <= interval.upper)).all())
+
+
+def _ball(shape: tuple[int, ...] = (6,), radius: float = 0.3, kind: str = "linf") -> certify.PerturbationSet:
+    return domains(inputs(shape), radius)[kind]
+
+
+def relu_network() -> None:
+    """A dense ReLU network at a visible radius."""
+    sound(dense("relu"), _ball())
+
+
+def rounding() -> None:
+    """Affine networks at a point: nothing but rounding is left."""
+    for seed in range(3):
+        sound(affine(8, 12, seed=seed), domains(inputs((8,), 20, seed=seed), 0.0)["linf"])
+
+
+def rounding_behind_relu() -> None:
+    """The same behind activations, where intermediate bounds must have been widened."""
+    for seed in range(3):
+        sound(dense("relu", (8, *[8] * 10, 3), seed=seed), domains(inputs((8,), 20, seed=seed), 0.0)["linf"])
+
+
+def residual() -> None:
+    """Forks whose branches do not cancel."""
+    sound(Function(lambda x: torch.relu(x) + torch.relu(x + 0.2) * 2 - x).eval(), _ball((4,)))
+
+
+def strided_convolution() -> None:
+    """A stride that drops the last row and column."""
+    check_op(nn.Conv2d(2, 3, 3, stride=2), (2, 6, 8))
+
+
+def grouped_rows() -> None:
+    """Rows that start inside a grouped convolution."""
+    layer = nn.Conv1d(4, 6, 3, groups=2, padding=1).double().eval()
+    (node,) = trace(layer, torch.randn(1, 4, 5, dtype=torch.float64)).nodes.values()
+    eye = torch.eye(30, dtype=torch.float64)
+    assert torch.equal(node.rule.rows(torch.arange(30), node.shape)[0], node.rule.transpose(eye.view(-1, 6, 5))[0])
+
+
+def linear_rule() -> None:
+    """One dense layer through the shipped check."""
+    check_op(nn.Linear(5, 4), (5,))
+
+
+def convolution_rule() -> None:
+    """One convolution through the shipped check."""
+    check_op(nn.Conv2d(2, 3, 3, padding=1), (2, 4, 4))
+
+
+def max_pool_rule() -> None:
+    """Overlapping windows through the shipped check."""
+    check_op(nn.MaxPool2d(3, 2, 1), (2, 5, 5))
+
+
+def padding_rule() -> None:
+    """A constant that is not 0."""
+    check_op(nn.ConstantPad2d(1, 0.7), (1, 3, 3))
+
+
+def relu_facts() -> None:
+    """The facts of ReLU through the shipped check."""
+    check_activation(PiecewiseLinear((0.0,), (0.0, 1.0)))
+
+
+def silu_facts() -> None:
+    """The facts of SiLU, which needs branch and bound, through the shipped check."""
+    check_activation(smooth.SiLU())
+
+
+def kaf_facts() -> None:
+    """The facts of a random KAF through the shipped check."""
+    torch.manual_seed(0)
+    check_activation(models.KAFFacts(models.KAF(4).eval(), None, 2), 4, cases=30)
+
+
+def exact_chords() -> None:
+    """Chords in float32 lie above ReLU at both ends, in exact arithmetic."""
+    generator = torch.Generator().manual_seed(0)
+    low, high = -torch.rand(1, 300, generator=generator), torch.rand(1, 300, generator=generator)
+    r = PiecewiseLinear((0.0,), (0.0, 1.0)).relax(Interval(low, high))
+    for a, b, slope, offset in zip(*(t[0].tolist() for t in (low, high, r.upper_slope, r.upper_offset)), strict=True):
+        assert all(Fraction(slope) * Fraction(s) + Fraction(offset) >= max(Fraction(s), 0) for s in (a, b))
+
+
+def kinked_base() -> None:
+    """A KAF with an ELU base, concave on both sides of the kink."""
+    kaf = models.KAF(1, size=5, gamma=0.3, base=nn.ELU(5.0)).eval()
+    with torch.no_grad():
+        kaf.alpha.copy_(torch.tensor([[0.0, 0.0, 6.0, 0.0, 0.0]]))
+    facts = trace(kaf, torch.zeros(1, 1)).nodes["model"].rule.facts
+    z = Interval(-torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64))
+    s, r = torch.linspace(-1, 1, 4001, dtype=torch.float64).view(-1, 1), facts.relax(z)
+    assert bool((kaf.double()(s) <= r.upper_slope * s + r.upper_offset + 1e-12).all())
+
+
+def clamp_facts() -> None:
+    """A clamp whose limit no float holds: points below it, where both lines are s itself."""
+    low = 0.7 * torch.rand(1, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    r = trace(Function(lambda x: x.clamp(max=0.7)).eval(), low).nodes["clamp"].rule.facts.relax(Interval(low, low))
+    assert bool((r.upper_slope == 1).all() & (r.lower_slope == 1).all())
+    assert bool((r.upper_offset >= 0).all() & (r.lower_offset <= 0).all())
+
+
+def clipped_balls() -> None:
+    """Balls of every norm that leave the data range."""
+    for p in (1, 2, torch.inf):
+        check_set(LpBall(inputs((2, 3), 3), 0.4, p=p, clip=(0.0, 1.0)))
+
+
+def whole_balls() -> None:
+    """Balls of every norm."""
+    for p in (1, 2, torch.inf):
+        check_set(LpBall(inputs((2, 3), 3), 0.4, p=p))
+
+
+def batch_norm() -> None:
+    """Inputs and means of 300 against a spread of 1."""
+    layer = nn.BatchNorm1d(4).eval()
+    layer.running_mean.fill_(300.0)
+    x = 300 + inputs((4,), 50)
+    sound(layer, certify.Box(x, x))
+
+
+def wide_eps() -> None:
+    """A batch normalisation whose eps matters."""
+    sound(nn.BatchNorm1d(4, eps=0.5).eval(), _ball((4,)))
+
+
+def hidden_clamp() -> None:
+    """A result that is clamped in place, where nothing near the centre shows it, is refused."""
+
+    def forward(x: Tensor) -> Tensor:
+        y = x + 100
+        y.clamp_(max=500.0)
+        return y
+
+    with pytest.raises(certify.UnsupportedOperation):
+        certify.bounds(Function(forward).eval(), certify.LpBall(torch.zeros(1, 2), 1e4))
+
+
+def sorted_features() -> None:
+    """A maximum over features of very different sizes is no slice."""
+    model = Function(lambda x: (x + torch.tensor([0.0, 900.0])).max(1, keepdim=True)[0]).eval()
+    with pytest.raises(certify.UnsupportedOperation):
+        certify.bounds(model, certify.LpBall(torch.zeros(1, 2), 1e4))
+
+
+def small_noise() -> None:
+    """A model that draws random numbers is refused, however small they are."""
+    with pytest.raises(certify.UnsupportedOperation):
+        certify.bounds(Function(lambda x: x + 1e-7 * torch.randn(2)).eval(), _ball((2,)))
+
+
+def bands() -> None:
+    """A claim with a constant: y > 10 does not hold where y is about 0."""
+    claim = certify.output_band(torch.full((2, 3), 10.0), torch.full((2, 3), 1e6))
+    model = nn.Linear(4, 3).eval()
+    found = resolve_method("crown").bound(trace(model, inputs((4,))), _ball((4,)), claim, FloatAnyOrder(torch.float32))
+    assert bool((found.lower <= claim.rows(model(inputs((4,))).detach())).all())
+
+
+def overflow() -> None:
+    """A sum beyond the largest float is no lower end."""
+    sound(Function(lambda x: (x * 1e-3 + 3e38) * 1e-38).eval(), _ball((3,)), "ibp")
+
+
+def difference_rule() -> None:
+    """x - y of two nodes through the shipped check."""
+    check_op(Function(lambda x: torch.relu(x) - x), (4,))
+
+
+def scale_rule() -> None:
+    """Multiplication by constants through the shipped check."""
+    check_op(Function(lambda x: x * torch.tensor([2.0, -3.0])), (2,))
+
+
+def transposed_rule() -> None:
+    """A transposed convolution with outputs that no input reaches."""
+    check_op(nn.ConvTranspose1d(2, 3, 3, output_padding=2, dilation=3), (2, 5))
+
+
+def ties() -> None:
+    """Two equal outputs: neither proved nor broken."""
+    model = nn.Linear(2, 2, bias=False).eval()
+    with torch.no_grad():
+        model.weight.zero_()
+    claim = certify.class_margins(torch.tensor([0]), 2)
+    found = certify.prove(model, LpBall(torch.rand(1, 2), 0.1), claim, arithmetic="real")
+    assert found.verdicts == [certify.Verdict.UNKNOWN]
