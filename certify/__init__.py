@@ -5,7 +5,7 @@ spec = certify.class_margins(labels, classes=10)
 certify.prove(model, domain, spec, method="crown").verdicts
 """
 
-from certify import activations, attacks, lipschitz, ops, oracle, propagate
+from certify import activations, attacks, lipschitz, ops, oracle, propagate, testing
 from certify.activations.base import Activation
 from certify.activations.enclose import Curve
 from certify.activations.smooth import Smooth
@@ -20,6 +20,7 @@ from certify.errors import (
     SoundnessAlarm,
     UnsupportedOperation,
 )
+from certify.lipschitz import lipschitz_constant
 from certify.propagate.attribute import NodeBlame, explain
 from certify.propagate.methods import CROWN, IBP, CrownIBP
 from certify.registry import (
@@ -80,4 +81,5 @@ __all__ = [
     "register_estimator",
     "register_method",
     "register_op",
+    "testing",
 ]

@@ -29,6 +29,7 @@ from certify.rounding import round_down, round_up, step_down, step_up, unit_roun
 from models.kaf import KAF
 
 GRID = 4096  # points of the grid behind the global bound of a derivative
+STEEPEST = 1e3  # largest gamma: the error of f'' is counted as 1e4 that of f, and is 2 gamma times it
 FAR = 40.0  # beyond this many units of 1 / sqrt(2 gamma), the kernel is below 1e-340
 
 
@@ -180,6 +181,12 @@ class KAFFacts(Smooth):
         """Read the module; a base must itself be a registered activation."""
         kaf, base = call.module, None
         assert isinstance(kaf, KAF)
+        if float(kaf.gaussian()[2]) > STEEPEST:
+            raise UnsupportedOperation(
+                f"a KAF with gamma above {STEEPEST:g} at {call.name!r}",
+                "kernels that float64 can bound",
+                "a smaller gamma",
+            )
         if kaf.base is not None:
             rule = build_rule(replace(call, name=f"{call.name}.base", target=type(kaf.base), module=kaf.base))
             base = rule.facts if isinstance(rule, Elementwise) else None

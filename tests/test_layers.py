@@ -36,3 +36,9 @@ def test_every_package_folder_is_in_the_wheel():
         for path in (ROOT / floor).rglob("*.py")
     }
     assert folders == listed
+
+
+def test_every_public_name_exists():
+    import certify
+
+    assert [name for name in certify.__all__ if not hasattr(certify, name)] == []

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import certify
+import models
 from certify import Verdict
 
 
@@ -170,3 +171,21 @@ def test_mistakes_are_named_in_at_most_three_lines(call, mentions):
         call(model, certify.LpBall(x, 0.1), certify.class_margins(torch.tensor([0, 1]), 3))
     assert mentions in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_attack_results_and_lipschitz_estimates_travel_through_json():
+    model, x = _net(), torch.rand(3, 4)
+    claim = certify.class_margins(model(x).argmax(1), 3)
+    found = certify.attacks.PGD(steps=3)(model, certify.LpBall(x, 0.1), claim)
+    again = certify.AttackResult.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert torch.equal(again.witness, found.witness)
+    assert torch.equal(again.margin, found.margin)
+    assert torch.equal(again.success, found.success)
+    bound = certify.lipschitz_constant(model, p=torch.inf, spec=claim, input_shape=(4,))
+    assert certify.LipschitzEstimate.from_dict(json.loads(json.dumps(bound.to_dict()))) == bound
+
+
+def test_a_kaf_too_steep_for_float64_is_refused():
+    model = nn.Sequential(nn.Linear(4, 3), models.KAF(3, gamma=1e4), nn.Linear(3, 2)).eval()
+    with pytest.raises(certify.UnsupportedOperation):
+        certify.bounds(model, certify.LpBall(torch.rand(1, 4), 0.1))
