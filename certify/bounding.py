@@ -96,6 +96,6 @@ def _exact_cast(spec: Spec, graph: Graph) -> Spec:
 
 
 def outputs_at(model: nn.Module, x: Tensor) -> Tensor:
-    """Return the model's outputs in IEEE arithmetic, without gradients."""
+    """Return the model's outputs without gradients; callers hold ``ieee()``."""
     with torch.no_grad():
         return model(x)

@@ -72,7 +72,9 @@ def subset(x: Images, y: Labels, n: int, seed: int) -> tuple[Images, Labels, Int
     The same seed draws the same samples on every device. Raises ``InvalidInput`` unless 1 <= n <= len(x).
     """
     if not 1 <= n <= len(x):
-        raise InvalidInput(f"{n} samples asked for", f"1 to {len(x)}, as many as there are", f"n={len(x)}")
+        raise InvalidInput(
+            f"{n} samples asked for", f"1 to {len(x)}, as many as there are", "ask for fewer, at least 1"
+        )
     index = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n].sort().values
     return x[index], y[index], index
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +11,11 @@ from torch import Tensor, nn
 from certify.errors import UnsupportedOperation
 from certify.graph import Call
 from certify.ops.base import Affine
-from certify.ops.windows import window_positions
+from certify.ops.windows import per_axis, window_positions
 from certify.registry import register_op
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-
-
-def _tuple(value: Any, dims: int) -> tuple[int, ...]:
-    return (int(value),) * dims if isinstance(value, int) else tuple(int(v) for v in value)
 
 
 class Conv(Affine):
@@ -147,7 +142,7 @@ def convolution(call: Call) -> Conv:
             "zero padding",
             "F.pad(x, ..., mode=...) before a convolution without padding",
         )
-    dilation = _tuple(call.option("dilation", 5, 1), dims)
+    dilation = per_axis(call.option("dilation", 5, 1), dims)
     padding = call.option("padding", 4, 0)
     if padding == "valid":
         padding = 0
@@ -159,8 +154,8 @@ def convolution(call: Call) -> Conv:
     return Conv(
         weight,
         call.constant("bias", 2),
-        stride=_tuple(call.option("stride", 3, 1), dims),
-        padding=_tuple(padding, dims),
+        stride=per_axis(call.option("stride", 3, 1), dims),
+        padding=per_axis(padding, dims),
         dilation=dilation,
         groups=int(call.option("groups", 6, 1)),
         input_shape=call.input_shape,
@@ -183,10 +178,10 @@ def transposed_convolution(call: Call) -> ConvTranspose:
     return ConvTranspose(
         weight,
         call.constant("bias", 2),
-        stride=_tuple(call.option("stride", 3, 1), dims),
-        padding=_tuple(call.option("padding", 4, 0), dims),
-        output_padding=_tuple(call.option("output_padding", 5, 0), dims),
+        stride=per_axis(call.option("stride", 3, 1), dims),
+        padding=per_axis(call.option("padding", 4, 0), dims),
+        output_padding=per_axis(call.option("output_padding", 5, 0), dims),
         groups=int(call.option("groups", 6, 1)),
-        dilation=_tuple(call.option("dilation", 7, 1), dims),
+        dilation=per_axis(call.option("dilation", 7, 1), dims),
         input_shape=call.input_shape,
     )

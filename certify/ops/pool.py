@@ -15,8 +15,7 @@ from certify.enclosures import Interval, Relaxation
 from certify.errors import UnsupportedOperation
 from certify.graph import Call
 from certify.ops.base import Affine, Pulled, Rule, inner, inner_error
-from certify.ops.conv import _tuple
-from certify.ops.windows import window_positions
+from certify.ops.windows import per_axis, window_positions
 from certify.registry import register_op
 from certify.rounding import gamma, tiny
 
@@ -48,7 +47,7 @@ def average(call: Call) -> Average:
         )
     terms = max(math.prod(call.input_shape), math.prod(call.output_shape))
     if "avg" in call.kind.lower() and "daptive" not in call.kind:
-        terms = math.prod(_tuple(call.option("kernel_size", 1, None), _spatial(call)))
+        terms = math.prod(per_axis(call.option("kernel_size", 1, None), _spatial(call)))
     return Average(call.run, call.input_shape, terms)
 
 
@@ -157,13 +156,13 @@ def max_pool(call: Call) -> MaxPool:
     if call.option("return_indices", 6, False):
         raise UnsupportedOperation(f"max-pool with indices at {call.name!r}", "return_indices=False")
     dims = _spatial(call)
-    kernel = _tuple(call.option("kernel_size", 1, None), dims)
+    kernel = per_axis(call.option("kernel_size", 1, None), dims)
     stride: Any = call.option("stride", 2, None)
     return MaxPool(
         kernel,
-        _tuple(stride, dims) if stride else kernel,
-        _tuple(call.option("padding", 3, 0), dims),
-        dilation=_tuple(call.option("dilation", 4, 1), dims),
+        per_axis(stride, dims) if stride else kernel,
+        per_axis(call.option("padding", 3, 0), dims),
+        dilation=per_axis(call.option("dilation", 4, 1), dims),
         ceil_mode=bool(call.option("ceil_mode", 5, False)),
         input_shape=call.input_shape,
     )

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+
+def per_axis(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    """Return an option such as a stride as one number per axis."""
+    return (value,) * dims if isinstance(value, int) else tuple(int(v) for v in value)
 
 
 def window_positions(
