@@ -32,11 +32,13 @@ def bounds(
     graph = prepare(model, domain)
     shape = graph.shape(graph.output)
     outputs = torch.Size(shape).numel()
-    eye = torch.eye(outputs, dtype=graph.dtype, device=graph.device).expand(domain.batch, -1, -1)
-    spec = Spec(eye, eye.new_zeros(domain.batch, outputs))
+    eye = torch.eye(outputs, dtype=graph.dtype, device=graph.device)
+    C = torch.cat([eye, -eye]).expand(domain.batch, -1, -1)
     with torch.no_grad():
-        found = chosen.bound(graph, domain, spec, resolve_arithmetic(arithmetic, graph.dtype))
-    lower, upper = round_down(found.lower, graph.dtype), round_up(found.upper, graph.dtype)
+        found = chosen.bound(
+            graph, domain, Spec(C, C.new_zeros(C.shape[:2])), resolve_arithmetic(arithmetic, graph.dtype)
+        )
+    lower, upper = round_down(found[:, :outputs], graph.dtype), round_up(-found[:, outputs:], graph.dtype)
     return Interval(lower.view(domain.batch, *shape), upper.view(domain.batch, *shape))
 
 

@@ -58,6 +58,11 @@ class PerturbationSet(ABC):
         """Return min <a, x> over the set, never above it: float64, rounded downward."""
         return -self.support(-a)
 
+    def infimum_rows(self, A: Float[Tensor, "batch rows *shape"]) -> Float64[Tensor, "batch rows"]:
+        """Return min <A, x> over the set for several rows per sample, never above it."""
+        index = torch.arange(len(A), device=A.device).repeat_interleave(A.shape[1])
+        return self.take(index).infimum(A.flatten(0, 1)).view(A.shape[:2])
+
     @abstractmethod
     def steepest(self, a: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
         """Return a point of the set at which <a, x> is largest (up to rounding inward)."""
@@ -142,10 +147,7 @@ class Box(PerturbationSet):
         return True
 
     def support(self, a: Float[Tensor, "n *shape"]) -> Float64[Tensor, "n"]:
-        return _box_support(a, self.hull)
-
-    def infimum(self, a: Float[Tensor, "n *shape"]) -> Float64[Tensor, "n"]:
-        return -_box_support(a, self.hull, sign=-1.0)
+        return -box_infimum(-a[:, None], self.hull)[:, 0]
 
     def steepest(self, a: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
         ends = torch.where(a > 0, self.hull.upper, self.hull.lower)
@@ -205,7 +207,7 @@ class LpBall(PerturbationSet):
 
     def support(self, a: Float[Tensor, "n *shape"]) -> Float64[Tensor, "n"]:
         if self.p == torch.inf:
-            return _box_support(a, self.hull)
+            return -box_infimum(-a[:, None], self.hull)[:, 0]
         b, center = a.double().flatten(1), self.center.double().flatten(1)
         magnitude, cap = b.abs(), self._caps(b)
         radius = self.radius.expand(len(b)) if len(self.radius) == 1 else self.radius
@@ -339,18 +341,20 @@ def _radii(radius: Radius, center: Tensor) -> Tensor:
     return value.expand(batch).clone()
 
 
-def _box_support(a: Tensor, hull: Interval, sign: float = 1.0) -> Tensor:
-    """max <sign a, x> over lower <= x <= upper, by centre and half width, rounded upward."""
-    b = a.flatten(1).double()
+def box_infimum(A: Float[Tensor, "n rows *shape"], hull: Interval) -> Float64[Tensor, "n rows"]:
+    """Return min <A, x> over lower <= x <= upper, by centre and half width, rounded downward.
+
+    ``hull`` is float64, [n or 1, *shape].
+    """
+    b = A.flatten(2).to(torch.float64, copy=True)
     center = (hull.lower + hull.width / 2).flatten(1)
     half = step_up(torch.maximum(hull.upper.flatten(1) - center, center - hull.lower.flatten(1)))
-    error = gamma(b.shape[1] + 4, torch.float64)
-    reach = half + error * (center.abs() + half)
+    reach = half + gamma(b.shape[2] + 4, torch.float64) * (center.abs() + half)
     if len(center) == 1:  # one sample for all rows: matrix times vector
-        total = sign * (b @ center[0]) + b.abs() @ reach[0]
+        total = b @ center[0] - b.abs_() @ reach[0]
     else:
-        total = sign * torch.einsum("rn,rn->r", b, center) + torch.einsum("rn,rn->r", b.abs(), reach)
-    return step_up(total, 2)
+        total = (torch.bmm(b, center[..., None]) - torch.bmm(b.abs_(), reach[..., None]))[..., 0]
+    return step_down(total, 2)
 
 
 def _distance_exceeds(x: Tensor, center: Tensor, radius: Tensor) -> Tensor:

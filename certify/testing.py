@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from certify.activations.base import Activation
-from certify.enclosures import Interval
+from certify.enclosures import Interval, Relaxation
 from certify.graph import trace
 from certify.sets import PerturbationSet
 
@@ -135,12 +135,15 @@ def _check_node(name: str, rule: object, zs: list[Interval], inputs: list[Tensor
         _require(rule, f"interval at {name!r}", y, torch.minimum(y - box.lower, box.upper - y) + slack)
     generator = torch.Generator().manual_seed(1)
     A = torch.randn(outputs.shape[1:], dtype=outputs.dtype, generator=generator)
-    relaxation = rule.relax(*zs)
-    pulled, constant = rule.pull_back(A, relaxation)
+    lines = _per_row(rule.relax(*zs))
+    pulled, constant = rule.pull_back(A[:, None], lines)
+    rest = (A * rule.forward(*(torch.zeros_like(z.lower) for z in zs))).flatten(1).sum(1) if rule.affine else 0
     for k, y in enumerate(outputs):
         row = (A * y).flatten(1).sum(1)
-        bound: Tensor | float = sum((part * x[k]).flatten(1).sum(1) for part, x in zip(pulled, inputs, strict=True))
-        bound = bound + (0 if constant is None else constant)
+        bound: Tensor | float = sum(
+            (part[:, 0] * x[k]).flatten(1).sum(1) for part, x in zip(pulled, inputs, strict=True)
+        )
+        bound = bound + (rest if constant is None else constant[:, 0])
         pad = REFERENCE * (1 + (A * y).abs().flatten(1).sum(1))
         if rule.affine:
             _require(rule, f"equality of pull_back at {name!r}", row, pad - (row - bound).abs())
@@ -148,6 +151,14 @@ def _check_node(name: str, rule: object, zs: list[Interval], inputs: list[Tensor
             _require(rule, f"lower bound of pull_back at {name!r}", row, row - bound + pad)
     if rule.affine:
         _check_attained(name, rule, zs, box)
+
+
+def _per_row(r: Relaxation | None) -> Relaxation | None:
+    """Lines with a dimension for the rows of a sample."""
+    if r is None:
+        return None
+    parts = (r.lower_slope, r.lower_offset, r.upper_slope, r.upper_offset)
+    return Relaxation(*(part[:, None] for part in parts))
 
 
 def _check_attained(name: str, rule: object, zs: list[Interval], box: Interval) -> None:
@@ -159,8 +170,8 @@ def _check_attained(name: str, rule: object, zs: list[Interval], box: Interval) 
     for neuron in {0, flat.shape[1] // 2, flat.shape[1] - 1}:
         one = torch.zeros_like(flat)
         one[:, neuron] = 1
-        pulled, _ = rule.pull_back(one.view_as(box.upper), None)
-        corner = [torch.where(a > 0, z.upper, z.lower) for a, z in zip(pulled, zs, strict=True)]
+        pulled, _ = rule.pull_back(one.view_as(box.upper)[:, None], None)
+        corner = [torch.where(a[:, 0] > 0, z.upper, z.lower) for a, z in zip(pulled, zs, strict=True)]
         reached = rule.forward(*corner).flatten(1)[:, neuron]
         gap = (flat[:, neuron] - reached).abs()
         _require(rule, f"attained upper end at {name!r}", gap, REFERENCE * (1 + reached.abs()) - gap)

@@ -121,7 +121,7 @@ def _lower_bounds(
 ) -> Tensor:
     """The lower bounds [batch, rows] of a method, without gradients."""
     with torch.no_grad():
-        return method.bound(graph, domain, spec, arithmetic).lower
+        return method.bound(graph, domain, spec, arithmetic)
 
 
 def _falsify(model: nn.Module, domain: PerturbationSet, spec: Spec, attack: Attack | None) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ import certify
 from certify.activations import enclose, piecewise, smooth
 from certify.activations.piecewise import PiecewiseLinear
 from certify.enclosures import Interval, Relaxation
+from certify.frames import Frame
 from certify.graph import Call, _Builder
 from certify.ops.arithmetic import Scale, Sum
 from certify.ops.base import Affine, Elementwise, inner
@@ -133,9 +134,10 @@ def kink_taken_for_smooth(patch: Patch) -> None:
     patch.setattr(smooth.ELU, "formula", formula)
 
 
-@mutant(check.linear_rule)
+@mutant(check.relu_network)
 def forgotten_bias(patch: Patch) -> None:
-    patch.setattr(Affine, "pull_back", lambda self, A, relaxation: (self.transpose(A), None))
+    before = Knowledge.rider
+    patch.setattr(Knowledge, "rider", lambda self, name: replace(before(self, name), constant=None))
 
 
 @mutant(check.residual)
@@ -170,9 +172,27 @@ def no_rounding_error_of_affine_layers(patch: Patch) -> None:
     patch.setattr(Affine, "rounding_error", lambda self, *zs: None)
 
 
-@mutant(check.rounding_behind_relu)
+@mutant(check.rounding_before_lines)
+def errors_not_absorbed_by_lines(patch: Patch) -> None:
+    patch.setattr(Knowledge, "_cost", lambda self, node, rider, error, slope, b: torch.zeros_like(b))
+
+
+@mutant(check.rounding)
 def no_loss_in_rows(patch: Patch) -> None:
-    patch.setattr(Rows, "lose", lambda self, A, error: None)
+    patch.setattr(Rows, "lose", lambda self, name, amount: None)
+
+
+@mutant(check.rounding_of_neurons)
+def losses_negated_with_their_rows(patch: Patch) -> None:
+    before = Rows._split
+
+    def split(self: Rows) -> None:
+        was = self.split
+        before(self)
+        if self.split and not was:
+            self.loss = self.loss * torch.tensor([1.0, -1.0])
+
+    patch.setattr(Rows, "_split", split)
 
 
 @mutant(check.rounding_behind_relu)
@@ -216,23 +236,41 @@ def output_padding_dropped(patch: Patch) -> None:
     patch.setattr(Conv, "transpose", transpose)
 
 
-@mutant(check.grouped_rows)
-def groups_forgotten_in_rows(patch: Patch) -> None:
-    before = Conv.rows
+@mutant(check.window_rows)
+def groups_forgotten_in_windows(patch: Patch) -> None:
+    before = Conv.pull_window
 
-    def rows(self: Conv, neuron: Tensor, shape: tuple[int, ...]) -> Any:
-        groups, self.groups = self.groups, 1
-        try:
-            return before(self, neuron, shape)
-        finally:
-            self.groups = groups
+    def pull_window(self: Conv, A: Tensor, relaxation: Relaxation | None) -> Any:
+        pulled, constant = before(self, A, relaxation)
+        return (torch.stack([part.roll(1, 2) for part in pulled]) if self.groups > 1 else pulled), constant
 
-    patch.setattr(Conv, "rows", rows)
+    patch.setattr(Conv, "pull_window", pull_window)
+
+
+@mutant(check.window_rows)
+def windows_leak_over_the_edge(patch: Patch) -> None:
+    before = Frame.cut
+
+    def cut(self: Frame, values: Tensor, sample: Tensor, position: Tensor) -> Tensor:
+        found = before(self, values, sample, position)
+        return torch.ones_like(found) if values.shape[:2] == (1, 1) else found
+
+    patch.setattr(Frame, "cut", cut)
+
+
+@mutant(check.window_rows)
+def windows_one_off(patch: Patch) -> None:
+    before = Frame.through
+    patch.setattr(
+        Frame,
+        "through",
+        lambda self, s, p, t: (f := before(self, s, p, t)) and replace(f, shift=(f.shift[0] + 1, *f.shift[1:])),
+    )
 
 
 @mutant(check.padding_rule)
 def fill_forgotten(patch: Patch) -> None:
-    patch.setattr(Select, "pull_back", lambda self, A, relaxation: (self.transpose(A), None))
+    patch.setattr(Select, "forward", Select.linear)
 
 
 @mutant(check.clamp_facts)
@@ -295,16 +333,16 @@ def lines_through_the_ends_only(patch: Patch) -> None:
 
 @mutant(check.relu_network)
 def constants_of_negated_rows_kept(patch: Patch) -> None:
-    before = Rows.halve
+    before = Rows._split
 
-    def halve(self: Rows) -> None:
+    def split(self: Rows) -> None:
         before(self)
         self.offset = self.offset.abs()
 
-    patch.setattr(Rows, "halve", halve)
+    patch.setattr(Rows, "_split", split)
 
 
 @mutant(check.ties)
 def ties_taken_for_proofs(patch: Patch) -> None:
     before = methods.Propagation.bound
-    patch.setattr(methods.Propagation, "bound", _keep(before, lambda z: Interval(z.lower + 1e-6, z.upper)))
+    patch.setattr(methods.Propagation, "bound", _keep(before, lambda lower: lower + 1e-6))

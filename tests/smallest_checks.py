@@ -16,6 +16,7 @@ from certify.activations import smooth
 from certify.activations.piecewise import PiecewiseLinear
 from certify.enclosures import Interval
 from certify.graph import trace
+from certify.propagate import backward
 from certify.propagate.methods import resolve_method
 from certify.rounding import FloatAnyOrder
 from certify.sets import LpBall
@@ -32,6 +33,29 @@ def sound(model: nn.Module, domain: certify.PerturbationSet, method: str = "crow
             pairs = [*((values[name], found[name]) for name in found), (model(x), list(found.values())[-1])]
         for value, interval in pairs:
             assert bool(((value >= interval.lower) & (value <= interval.upper)).all())
+
+
+def _cancelling(*layers: nn.Module) -> nn.Module:
+    """A layer whose large terms cancel before the given layers: its rounding is all there is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 1), *layers).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(64))
+        model[1].weight[0, 32:] = -model[1].weight[0, :32]
+        model[1].weight *= 1e4
+    return model
+
+
+def rounding_before_lines() -> None:
+    """What an activation's lines must absorb, at a point."""
+    model = _cancelling(nn.LeakyReLU(0.5))[1:].eval()
+    model[0].bias.data.fill_(100.0)
+    sound(model, certify.LpBall(torch.rand(40, 32).repeat(1, 2) + 0.5, 0.0))
+
+
+def rounding_of_neurons() -> None:
+    """Both ends of a neuron whose own layer has rounded."""
+    sound(_cancelling(nn.Tanh(), nn.Linear(1, 1)), certify.LpBall(torch.rand(40, 32).repeat(1, 2) + 0.5, 0.0))
 
 
 def _ball(shape: tuple[int, ...] = (6,), radius: float = 0.3, kind: str = "linf") -> certify.PerturbationSet:
@@ -65,12 +89,26 @@ def strided_convolution() -> None:
     check_op(nn.Conv2d(2, 3, 3, stride=2), (2, 6, 8))
 
 
-def grouped_rows() -> None:
-    """Rows that start inside a grouped convolution."""
-    layer = nn.Conv1d(4, 6, 3, groups=2, padding=1).double().eval()
-    (node,) = trace(layer, torch.randn(1, 4, 5, dtype=torch.float64)).nodes.values()
-    eye = torch.eye(30, dtype=torch.float64)
-    assert torch.equal(node.rule.rows(torch.arange(30), node.shape)[0], node.rule.transpose(eye.view(-1, 6, 5))[0])
+def window_rows() -> None:
+    """Rows that start inside convolutions, at every place of the map, against rows on whole maps."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), nn.ReLU(),
+        nn.Conv2d(6, 3, 3, padding=1), nn.Conv2d(3, 2, 3, padding=1), nn.ReLU(),
+    ).eval()  # fmt: skip
+    windows_equal_maps(net, (2, 16, 15))
+
+
+def windows_equal_maps(model: nn.Module, shape: tuple[int, ...]) -> None:
+    """Bounds of every neuron are those without windows, up to rounding."""
+    domain = certify.LpBall(torch.rand(2, *shape), 0.1)
+    with_windows = certify.layer_bounds(model, domain, "crown", arithmetic="real")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backward, "plan_windows", lambda graph, start: {})
+        without = certify.layer_bounds(model, domain, "crown", arithmetic="real")
+    for name, found in without.items():
+        torch.testing.assert_close(with_windows[name].lower, found.lower, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(with_windows[name].upper, found.upper, rtol=1e-4, atol=1e-5)
 
 
 def linear_rule() -> None:
@@ -192,7 +230,7 @@ def bands() -> None:
     claim = certify.output_band(torch.full((2, 3), 10.0), torch.full((2, 3), 1e6))
     model = nn.Linear(4, 3).eval()
     found = resolve_method("crown").bound(trace(model, inputs((4,))), _ball((4,)), claim, FloatAnyOrder(torch.float32))
-    assert bool((found.lower <= claim.rows(model(inputs((4,))).detach())).all())
+    assert bool((found <= claim.rows(model(inputs((4,))).detach())).all())
 
 
 def overflow() -> None:

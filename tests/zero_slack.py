@@ -51,7 +51,8 @@ def check_bounds(
     layers = {method: certify.layer_bounds(model, domain, method) for method in methods}
     contract = FloatAnyOrder(domain.center.dtype)
     with torch.no_grad():
-        margins = {method: resolve_method(method).bound(graph, domain, spec, contract) for method in methods}
+        lower = {method: resolve_method(method).bound(graph, domain, spec, contract) for method in methods}
+    margins = {method: certify.Interval(ends, torch.full_like(ends, torch.inf)) for method, ends in lower.items()}
     shuffled = AnyOrder(graph)
     candidates = [*points(domain, generator, count), *attacked(model, domain, generator)]
     for x in candidates:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from certify.enclosures import Interval
 from certify.errors import InvalidModel, UnsupportedOperation
+from certify.frames import Frame
 from certify.graph import Call, Input
-from certify.ops.base import Affine, inner_error
+from certify.ops.base import Affine
 from certify.registry import register_op
 from certify.rounding import gamma, tiny
 
@@ -22,17 +23,17 @@ class Scale(Affine):
     ``roundings`` is the number of operations in which the network computes it (8 for a batch normalisation).
     """
 
-    elementwise = True
+    elementwise = carries = True
 
     def __init__(
         self, scale: Tensor, center: Tensor | None = None, shift: Tensor | None = None, *, roundings: int = 2
     ) -> None:
         self.scale, self.center, self.shift, self.roundings = scale, center, shift, roundings
-        self.bias = None
-        if center is not None or shift is not None:
-            moved = 0 if center is None else -center.double() * scale.double()
-            offset = moved + (0 if shift is None else shift.double())
-            self.bias = torch.as_tensor(offset).to(scale.dtype)
+
+    def reach(self, frame: Frame) -> Frame | None:
+        """Windows pass where the constants are the same over the map."""
+        same = all(size == 1 for size in self.scale.shape[-len(frame.size) :])
+        return frame if same and self.scale.ndim <= len(frame.size) + 1 else None
 
     def linear(self, *xs: Tensor) -> Tensor:
         return xs[0] * self.scale
@@ -55,8 +56,6 @@ class Scale(Affine):
         if self.shift is not None:
             size = size + self.shift.abs()
         error = size * (gamma(self.roundings, dtype) + gamma(10, dtype))
-        if self.bias is not None:
-            error = error + self.bias.abs() * inner_error(size[0].numel(), dtype)
         return error * (1 + gamma(8, dtype)) + 4 * tiny(dtype)
 
 
@@ -64,6 +63,10 @@ class Sum(Affine):
     """y = x_1 + x_2 or x_1 - x_2 of two nodes of one shape."""
 
     fan_in = 2
+    carries = True
+
+    def reach(self, frame: Frame) -> Frame:
+        return frame
 
     def __init__(self, sign: float) -> None:
         self.sign = sign

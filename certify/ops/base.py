@@ -4,7 +4,9 @@ Rows are lower bounds in the making: with coefficients A over the outputs y of a
 
     sum <A, y> + rest  >=  sum <A_i, x_i> + offset + rest     for all inputs x_i in their intervals,
 
-so ``pull_back`` moves A to the inputs. An affine rule has equality, for rows of either sign.
+so ``pull_back`` moves A to the inputs. An affine rule has equality, for rows of either sign, up to <A, forward(0)>:
+constants and errors ride along (see ``certify.propagate.state.Rider``). Coefficients are [groups, rows, *out], the
+rows of a group sharing one sample, or one window onto a sample's map (see certify/propagate/frames.py).
 """
 
 from __future__ import annotations
@@ -12,14 +14,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from certify.activations.base import Activation
 from certify.enclosures import Interval, Relaxation
+from certify.frames import Frame
 from certify.rounding import gamma, tiny
 
-#: What a pull-back returns: coefficients per input, and the constants that it leaves behind (float64 [rows]).
+#: What a pull-back returns: coefficients per input, and the constants that it leaves behind (float64 [groups, rows]).
 Pulled = tuple[tuple[Tensor, ...], Tensor | None]
 
 
@@ -30,6 +33,8 @@ class Rule(ABC):
     affine: bool = False
     #: Whether the map keeps boxes boxes: every output depends on one input element, none on two of them jointly.
     elementwise: bool = False
+    #: Whether the map takes constants and errors of its inputs along instead of having them settled before it.
+    carries: bool = False
 
     @abstractmethod
     def forward(self, *xs: Tensor) -> Tensor:
@@ -40,8 +45,20 @@ class Rule(ABC):
         """Return bounds of y for inputs in their intervals (rounding is the caller's: see ``rounding_error``)."""
 
     @abstractmethod
-    def pull_back(self, A: Tensor, relaxation: Relaxation | None) -> Pulled:
-        """Move the rows ``A`` [rows, *out] to the inputs (see the head of this module)."""
+    def pull_back(self, A: Float[Tensor, "groups rows *out"], relaxation: Relaxation | None) -> Pulled:
+        """Move the rows ``A`` to the inputs (see the head of this module); the lines have a dimension for the rows."""
+
+    def reach(self, frame: Frame) -> Frame | None:
+        """Return which part of every input's map a window of the output depends on; None if windows must end here."""
+        return None
+
+    def pull_window(self, A: Float[Tensor, "groups rows *window"], relaxation: Relaxation | None) -> Pulled:
+        """Move rows on a window to the inputs' windows (``reach``); rules that know windows write it."""
+        raise NotImplementedError(type(self).__name__)
+
+    def absolute(self, *xs: Tensor) -> Tensor:
+        """Return |W| x of an affine map."""
+        raise NotImplementedError(type(self).__name__)
 
     @abstractmethod
     def rounding_error(self, *zs: Interval) -> Tensor | None:
@@ -51,10 +68,6 @@ class Rule(ABC):
 
     def relax(self, *zs: Interval) -> Relaxation | None:
         """Return what ``pull_back`` needs besides A."""
-        return None
-
-    def line_error(self, relaxation: Relaxation | None, *zs: Interval) -> Tensor | None:
-        """Return what the engine's products with the relaxation round, per unit of |A|; None if nothing."""
         return None
 
     def undecided(self, z: Interval) -> Tensor:
@@ -89,10 +102,6 @@ class Affine(Rule):
             zeros = [A.new_zeros((len(A), *shape), requires_grad=True) for shape in self.input_shapes]
             return torch.autograd.grad(self.linear(*zeros), zeros, A)
 
-    def rows(self, neuron: Int[Tensor, "rows"], shape: tuple[int, ...]) -> tuple[Tensor, ...] | None:
-        """Return W^T of the unit vectors of some outputs (flat positions in ``shape``); None if no short cut exists."""
-        return None
-
     def forward(self, *xs: Tensor) -> Tensor:
         y = self.linear(*xs)
         return y if self.bias is None else y + self.bias
@@ -103,7 +112,10 @@ class Affine(Rule):
         return Interval(middle - radius, middle + radius).sanitized()
 
     def pull_back(self, A: Tensor, relaxation: Relaxation | None) -> Pulled:
-        return self.transpose(A), None if self.bias is None else inner(A, self.bias)
+        return tuple(part.unflatten(0, A.shape[:2]) for part in self.transpose(A.flatten(0, 1))), None
+
+    def pull_window(self, A: Tensor, relaxation: Relaxation | None) -> Pulled:
+        return self.pull_back(A, relaxation)
 
     def rounding_error(self, *zs: Interval) -> Tensor | None:
         """(gamma_{fan-in + 1} + gamma_{fan-out + 8}) (|W| |z| + |b|) + underflow.
@@ -113,9 +125,9 @@ class Affine(Rule):
         """
         dtype = zs[0].lower.dtype
         size = self.absolute(*(z.magnitude for z in zs))
-        factor = gamma(self.fan_in + 1, dtype) + gamma(max(self.fan_in, self.fan_out) + 8, dtype)
         if self.bias is not None:
-            size = size + self.bias.abs() * (1 + inner_error(size[0].numel(), dtype) / factor)
+            size = size + self.bias.abs()
+        factor = gamma(self.fan_in + 1, dtype) + gamma(max(self.fan_in, self.fan_out) + 8, dtype)
         return size * (factor * (1 + 2 * gamma(self.fan_in + 8, dtype))) + (self.fan_in + 1) * tiny(dtype)
 
 
@@ -139,53 +151,40 @@ class Elementwise(Rule):
     def undecided(self, z: Interval) -> Tensor:
         return self.facts.undecided(z)
 
-    def pull_back(self, A: Tensor, relaxation: Relaxation | None) -> Pulled:
-        """Positive coefficients take the lower line, negative ones the upper line.
+    def reach(self, frame: Frame) -> Frame:
+        return frame
 
-        The constants are <A, lower> + <min(A, 0), upper - lower>.
-        """
+    def pull_back(self, A: Tensor, relaxation: Relaxation | None) -> Pulled:
+        """Positive coefficients take the lower line, negative ones the upper line."""
         assert relaxation is not None
         r = relaxation
-        pulled = torch.where(A >= 0, r.lower_slope, r.upper_slope).mul_(A)
-        offset = inner(A.clamp(max=0), r.upper_offset - r.lower_offset)
-        if bool((r.lower_offset != 0).any()):
-            offset = offset + inner(A, r.lower_offset)
-        return (pulled,), offset
+        negative = A.clamp(max=0)
+        positive = A - negative
+        offset = inner(positive, r.lower_offset) + inner(negative, r.upper_offset)
+        return (torch.addcmul(positive * r.lower_slope, negative, r.upper_slope),), offset
+
+    def pull_window(self, A: Tensor, relaxation: Relaxation | None) -> Pulled:
+        return self.pull_back(A, relaxation)
 
     def rounding_error(self, *zs: Interval) -> Tensor | None:
-        """The function's own error; what the engine rounds is in ``line_error``."""
+        """The function's own error; what the engine rounds is charged where the lines are made ready."""
         return self.facts.rounding_error(zs[0])
 
-    def line_error(self, relaxation: Relaxation | None, *zs: Interval) -> Tensor | None:
-        """One product with a slope, and the sums of the offsets with their difference rounded once."""
-        assert relaxation is not None
-        z, dtype = zs[0], zs[0].lower.dtype
-        steep = torch.maximum(relaxation.lower_slope.abs(), relaxation.upper_slope.abs())
-        high = torch.maximum(relaxation.lower_offset.abs(), relaxation.upper_offset.abs())
-        sums = 3 * inner_error(z.lower[0].numel(), dtype) + gamma(8, dtype)
-        return steep * z.magnitude * gamma(4, dtype) + high * sums + 2 * tiny(dtype)
+
+BLOCK = 64  # products summed in the network's dtype before the float64 sum takes over
 
 
-BLOCK = 32  # products summed in the network's dtype before the float64 sum takes over
-
-
-def inner(A: Float[Tensor, "rows *out"], v: Tensor) -> Float64[Tensor, "rows"]:
-    """Return <A, v> per row; ``v`` broadcasts against A (a bias, one vector for all rows, or one per row).
+def inner(A: Float[Tensor, "groups rows *out"], v: Tensor) -> Float64[Tensor, "groups rows"]:
+    """Return <A, v> per row; ``v`` [groups or 1, 1, *out] broadcasts against A.
 
     Blocks of BLOCK products are summed in the dtype of A, the blocks in float64: the error is below
-    (gamma_{BLOCK + 1} + the float64 one) <|A|, |v|>, see ``inner_error``.
+    ``inner_error`` times <|A|, |v|>.
     """
-    flat = A.flatten(1)
-    v = v.expand(A.shape[1:]).reshape(1, -1) if v.ndim < A.ndim else v.expand(len(v), *A.shape[1:]).flatten(1)
-    if len(v) > 1:  # a vector per row
-        return (flat * v).sum(1, dtype=torch.float64)
-    whole = flat.shape[1] // BLOCK * BLOCK
-    total = flat[:, whole:] @ v[0, whole:] if whole < flat.shape[1] else flat.new_zeros(len(flat))
-    total = total.double()
+    products = (A * v).flatten(2)
+    whole = products.shape[2] // BLOCK * BLOCK
+    total = products[..., whole:].sum(2).double()
     if whole:
-        blocks = flat[:, :whole].unflatten(1, (-1, BLOCK)).transpose(0, 1)
-        parts = torch.bmm(blocks, v[0, :whole].view(-1, BLOCK, 1))
-        total = total + parts[..., 0].double().sum(0)
+        total = total + products[..., :whole].unflatten(2, (-1, BLOCK)).sum(3).double().sum(2)
     return total
 
 

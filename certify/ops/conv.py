@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from certify.enclosures import Relaxation
 from certify.errors import UnsupportedOperation
+from certify.frames import Frame
 from certify.graph import Call
-from certify.ops.base import Affine
-from certify.ops.windows import per_axis, window_positions
+from certify.ops.base import Affine, Pulled
+from certify.ops.windows import per_axis
 from certify.registry import register_op
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -39,6 +42,20 @@ class Conv(Affine):
         self.input_shapes = (input_shape,)
         kernel = math.prod(weight.shape[2:])
         self.fan_in, self.fan_out = weight.shape[1] * kernel, weight.shape[0] // groups * kernel
+        self.phases = _phases(self.weight, stride) if self._has_phases() else None
+
+    def _has_phases(self) -> bool:
+        """Transposed strided convolutions onto few channels are two to three times faster phase by phase."""
+        plain = self.dims == 2 and self.groups == 1 and self.dilation == (1, 1)
+        return plain and self.stride[0] == self.stride[1] > 1 and self.weight.shape[1] <= 8
+
+    def _by_phases(self, A: Tensor, padding: Sequence[int], size: Sequence[int]) -> Tensor:
+        """The transposed convolution as a plain one that computes the phases of its stride as channels."""
+        assert self.phases is not None
+        taps = [n - 1 for n in self.phases.shape[2:]]
+        full = F.pixel_shuffle(F.conv2d(A, self.phases, padding=taps), self.stride[0])
+        missing = [p + n - m for m, p, n in zip(full.shape[2:], padding, size, strict=True)]
+        return F.pad(full, [-padding[1], missing[1], -padding[0], missing[0]])
 
     def _apply(self, x: Tensor, weight: Tensor) -> Tensor:
         return _CONV[self.dims](x, weight, None, self.stride, self.padding, self.dilation, self.groups)
@@ -51,6 +68,8 @@ class Conv(Affine):
 
     def transpose(self, A: Tensor) -> tuple[Tensor, ...]:
         """The transposed convolution; output_padding restores what an inexact stride dropped."""
+        if self.phases is not None:
+            return (self._by_phases(A, self.padding, self.input_shapes[0][1:]),)
         spatial = zip(
             self.input_shapes[0][1:],
             A.shape[2:],
@@ -66,25 +85,31 @@ class Conv(Affine):
         )
         return (transposed,)
 
-    def rows(self, neuron: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """The kernels themselves, each written into its window: no arithmetic."""
-        channels, *spatial = self.input_shapes[0]
-        output, inner = math.prod(shape[1:]), math.prod(spatial)
-        taps = window_positions(
-            tuple(spatial),
-            shape[1:],
-            kernel=tuple(self.weight.shape[2:]),
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-        ).to(neuron.device)[neuron % output]
-        filters = neuron // output
-        group = filters // (len(self.weight) // self.groups) * self.weight.shape[1]
-        channel = group[:, None] + torch.arange(self.weight.shape[1], device=neuron.device)
-        place = torch.where(taps[:, None] < 0, channels * inner, channel[..., None] * inner + taps[:, None])
-        rows = self.weight.new_zeros(len(neuron), channels * inner + 1)  # the last place takes the padding
-        rows.scatter_(1, place.flatten(1), self.weight[filters].flatten(1))
-        return (rows[:, :-1].reshape(-1, channels, *spatial),)
+    def reach(self, frame: Frame) -> Frame:
+        taps = [d * (k - 1) for d, k in zip(self.dilation, self.weight.shape[2:], strict=True)]
+        return frame.through(self.stride, self.padding, taps)
+
+    def pull_window(self, A: Tensor, relaxation: Relaxation | None) -> Pulled:
+        """The transposed convolution without padding: every tap, also those that hang over the map's edge."""
+        if self.phases is not None:
+            size = [(m - 1) * s + k for m, s, k in zip(A.shape[3:], self.stride, self.weight.shape[2:], strict=True)]
+            return (self._by_phases(A.flatten(0, 1), (0, 0), size).unflatten(0, A.shape[:2]),), None
+        transposed = _CONV_TRANSPOSE[self.dims](
+            A.flatten(0, 1), self.weight, None, self.stride, groups=self.groups, dilation=self.dilation
+        )
+        return (transposed.unflatten(0, A.shape[:2]),), None
+
+
+def _phases(weight: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Return the kernel [channels * stride^2, filters, *taps] of ``Conv._by_phases``.
+
+    Position stride q + phase of the result sums W[.., stride j + phase] A[q - j] over j.
+    """
+    s = stride[0]
+    taps = [-(-k // s) for k in weight.shape[2:]]
+    padded = F.pad(weight, [0, taps[1] * s - weight.shape[3], 0, taps[0] * s - weight.shape[2]])
+    split = padded.unflatten(3, (taps[1], s)).unflatten(2, (taps[0], s))  # filters, channels, j, phase, i, phase
+    return split.flip(2, 4).permute(1, 3, 5, 0, 2, 4).flatten(0, 2).contiguous()
 
 
 class ConvTranspose(Affine):

@@ -27,9 +27,6 @@ class Linear(Affine):
     def transpose(self, A: Tensor) -> tuple[Tensor, ...]:
         return (A @ self.weight,)
 
-    def rows(self, neuron: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...] | None:
-        return (self.weight[neuron],) if len(shape) == 1 else None
-
 
 @register_op(nn.Linear, F.linear)
 def dense(call: Call) -> Linear:

@@ -132,14 +132,14 @@ class MaxPool(Rule):
     def pull_back(self, A: Tensor, relaxation: Relaxation | None) -> Pulled:
         """Scatter the coefficients to the windows' inputs; overlapping windows add up."""
         assert relaxation is not None
-        flat = A.flatten(1)
+        flat = A.flatten(2)
         positive, negative = flat.clamp(min=0), flat.clamp(max=0)
         parts = positive[..., None] * relaxation.lower_slope + negative[..., None] * relaxation.upper_slope
-        pulled = A.new_zeros(len(A), math.prod(self.input_shape) + 1)
-        index = self.windows.to(A.device).remainder(pulled.shape[1]).flatten()
-        pulled = pulled.index_add(1, index, parts.flatten(1))
+        pulled = A.new_zeros(*A.shape[:2], math.prod(self.input_shape) + 1)
+        index = self.windows.to(A.device).remainder(pulled.shape[2]).flatten()
+        pulled = pulled.index_add(2, index, parts.flatten(2))
         offset = inner(positive, relaxation.lower_offset) + inner(negative, relaxation.upper_offset)
-        return (pulled[:, :-1].view(len(A), *self.input_shape),), offset
+        return (pulled[..., :-1].unflatten(2, self.input_shape),), offset
 
     def rounding_error(self, *zs: Interval) -> Tensor:
         """The maximum is exact; the engine multiplies by slopes in [0, 1] and adds where windows overlap."""

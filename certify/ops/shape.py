@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from certify.enclosures import Interval
 from certify.errors import UnsupportedOperation
+from certify.frames import Frame
 from certify.graph import Call
-from certify.ops.base import Affine, Pulled
+from certify.ops.base import Affine
 from certify.registry import register_op
 from certify.rounding import gamma
 
@@ -25,7 +26,7 @@ class Select(Affine):
     Exact in floats, but for the engine's sum where one element is picked more than once.
     """
 
-    elementwise = True
+    elementwise = carries = True
 
     def __init__(
         self,
@@ -41,7 +42,7 @@ class Select(Affine):
             self.source = index.clamp(min=0)
             counts = self.source[~self.padded].bincount()
             self.fan_out = int(counts.max()) if counts.numel() else 1
-            self.elementwise = self.fan_out <= 1
+            self.elementwise = self.carries = self.fan_out <= 1
 
     def linear(self, *xs: Tensor) -> Tensor:
         return self._pick(xs[0], 0.0)
@@ -59,14 +60,9 @@ class Select(Affine):
             flat = size.index_add(1, self.source, flat.masked_fill(self.padded, 0.0))
         return (flat.view(len(A), *self.input_shapes[0]),)
 
-    def pull_back(self, A: Tensor, relaxation: object) -> Pulled:
-        if self.index is None or self.fill == 0 or not bool(self.padded.any()):
-            return self.transpose(A), None
-        return self.transpose(A), self.fill * A.flatten(1)[:, self.padded].sum(1, dtype=torch.float64)
-
     def rounding_error(self, *zs: Interval) -> Tensor | None:
-        """None when no element is repeated; else the engine's own sum over the repetitions, and the fill's."""
-        if self.index is None or (self.fan_out <= 1 and self.fill == 0):
+        """None when no element is repeated; else the engine's own sum over the repetitions."""
+        if self.fan_out <= 1:
             return None
         dtype = zs[0].lower.dtype
         size = self.interval(*zs).magnitude
@@ -82,7 +78,7 @@ class Select(Affine):
 class Concat(Affine):
     """Concatenation along one dimension of the sample."""
 
-    elementwise = True
+    elementwise = carries = True
 
     def __init__(self, input_shapes: tuple[tuple[int, ...], ...], dim: int) -> None:
         self.input_shapes, self.dim = input_shapes, dim
@@ -92,6 +88,10 @@ class Concat(Affine):
 
     def interval(self, *zs: Interval) -> Interval:
         return Interval(self.linear(*(z.lower for z in zs)), self.linear(*(z.upper for z in zs)))
+
+    def reach(self, frame: Frame) -> Frame | None:
+        """Windows pass where channels are joined."""
+        return frame if self.dim == 1 else None
 
     def transpose(self, A: Tensor) -> tuple[Tensor, ...]:
         return torch.split(A, [shape[self.dim - 1] for shape in self.input_shapes], self.dim)

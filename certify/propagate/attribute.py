@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from certify.bounding import check_spec, prepare
 from certify.errors import InvalidInput
 from certify.ops.base import inner
-from certify.propagate.backward import Rows
+from certify.propagate.backward import Groups, Rows
 from certify.propagate.methods import BoundMethod, Propagation, resolve_method
 from certify.propagate.state import Knowledge
 from certify.rounding import ieee, resolve_arithmetic
@@ -71,17 +71,17 @@ def _slips(knowledge: Knowledge, spec: Spec) -> dict[str, float]:
     """Sum of |A| gap over the rows, per relaxed node."""
     graph = knowledge.graph
     batch, count, _ = spec.C.shape
-    index = torch.arange(batch, device=graph.device).repeat_interleave(count)
-    rows = Rows.at(knowledge, graph.output, spec.C.reshape(batch * count, *graph.shape(graph.output)), index)
+    sample = torch.arange(batch, device=graph.device).repeat_interleave(count)
+    rows = Rows(knowledge, sample, both=False, groups=Groups.of(sample))
+    rows.start(graph.output, spec.C.reshape(batch * count, 1, *graph.shape(graph.output)))
     slips: dict[str, float] = {}
     for name in reversed(graph.nodes):
         if name not in rows.pending:
             continue
         node = graph.nodes[name]
-        relaxation = knowledge.relaxation(node)
-        if relaxation is not None:
+        if not node.rule.affine:
             coefficients = rows.pending[name].abs()
-            slips[name] = float(inner(coefficients, rows.gather(_gap(knowledge, name))).clamp(min=0).sum())
+            slips[name] = float(inner(coefficients, rows.of_sample(name, _gap(knowledge, name))).clamp(min=0).sum())
         rows.step(node)
     return slips
 

@@ -1,203 +1,300 @@
 """CROWN: linear rows pulled back from a node to the input.
 
-A row is (sample, coefficients). All rows of a call are independent, so they come flat and ragged: ``index`` says to
-which sample each belongs. While a row has met affine nodes only, one coefficient tensor serves its lower and its
+A row is (sample, coefficients). Rows come flat and ragged. As long as they live on windows of convolutional maps
+(certify/frames.py) they stay so; on whole maps the rows of one sample stand side by side, [samples, rows, *map], and
+share its lines without copies. While a row has met affine nodes only, one coefficient tensor serves its lower and its
 upper bound; at the first relaxation it splits into A and -A, both bounded below.
 
 With a float arithmetic the invariant is, for every float execution of the network,
 
-    row >= sum_pending <A, y> + offset - loss,
-
-each node adding <|A|, e> to ``loss`` (see certify/rounding.py).
+    row >= sum_pending <A, v> + offset,        v the pulled-back part of a node's value (see state.py).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float64, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from certify.enclosures import Interval, Relaxation
-from certify.graph import INPUT, Node
-from certify.ops.base import Affine, inner, inner_error
+from certify.frames import Frame
+from certify.graph import INPUT, Graph, Node
+from certify.memory import block_bytes
+from certify.ops.base import Elementwise, inner, inner_error
 from certify.propagate.state import Knowledge
-from certify.rounding import step_down, step_up, unit_roundoff
-from certify.sets import Box
+from certify.rounding import step_down, step_up
+from certify.sets import box_infimum
 
-ROW_BYTES = 256 << 20  # memory for the coefficients of one block of rows
-OWN_BLOCK = 24  # rows per sample from which samples get blocks of their own, which share vectors without copies
-LIVE = 6  # copies of the coefficients that are alive at once
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Rows of one sample side by side: row i stands at [group[i], slot[i]] of [groups, width]."""
+
+    sample: Int[Tensor, "groups"]
+    group: Int[Tensor, "rows"]
+    slot: Int[Tensor, "rows"]
+    width: int
+
+    @classmethod
+    def of(cls, sample: Int[Tensor, "rows"]) -> Groups:
+        """Group rows whose samples are sorted in runs."""
+        distinct, group, counts = sample.unique_consecutive(return_inverse=True, return_counts=True)
+        first = counts.cumsum(0) - counts
+        slot = torch.arange(len(sample), device=sample.device) - first[group]
+        return cls(distinct, group, slot, int(counts.max()))
+
+    def gather(self, A: Tensor) -> Tensor:
+        """[rows, k, ...] -> [groups, width * k, ...]; empty places are zero."""
+        whole = A.new_zeros(len(self.sample), self.width, *A.shape[1:])
+        whole[self.group, self.slot] = A
+        return whole.flatten(1, 2)
+
+    def scatter(self, constant: Tensor) -> Tensor:
+        """[groups, width * k] -> [rows, k]."""
+        return constant.unflatten(1, (self.width, -1))[self.group, self.slot]
 
 
 @dataclass
 class Rows:
-    """Rows on their way to the input. ``split``: the second half holds the negated rows."""
+    """Rows on their way to the input, [rows, k]: k = 1, or 2 once every row is split into itself and its negative."""
 
     knowledge: Knowledge
-    index: Tensor  # [rows], sorted within each half
-    offset: Tensor  # float64 [rows]
-    loss: Tensor  # float64 [rows], >= 0
-    pending: dict[str, Tensor] = field(default_factory=dict)
+    sample: Int[Tensor, "rows"]
+    both: bool  # whether upper bounds are wanted too
+    frames: dict[str, Frame] = field(default_factory=dict)  # of the maps on which rows keep to windows
+    position: Int[Tensor, "rows dims"] | None = None  # where in the first map each row starts
+    groups: Groups | None = None  # on whole maps; None: every row has lines of its own
     split: bool = False
+    pending: dict[str, Tensor] = field(default_factory=dict)
+    visited: list[Node] = field(default_factory=list)
 
-    @classmethod
-    def at(cls, knowledge: Knowledge, name: str, A: Tensor, index: Tensor) -> Rows:
-        """Start with coefficients ``A`` [rows, *shape] over the values of node ``name``."""
-        zero = torch.zeros(len(A), dtype=torch.float64, device=A.device)
-        return cls(knowledge, index, zero, zero.clone(), {name: A})
+    def __post_init__(self) -> None:
+        zero = torch.zeros(len(self.sample), 1, dtype=torch.float64, device=self.sample.device)
+        self.offset, self.loss, self.size = zero, zero, zero  # size: the absolute values that went into the offset
 
-    @classmethod
-    def of_neurons(cls, knowledge: Knowledge, node: Node, neuron: Tensor, index: Tensor) -> Rows:
-        """Start with single outputs of ``node`` (flat positions ``neuron``), already pulled back over it if it can."""
-        rule = node.rule
-        pulled = rule.rows(neuron, node.shape) if isinstance(rule, Affine) else None
-        if pulled is None or not isinstance(rule, Affine):
-            A = torch.zeros(len(neuron), *node.shape, dtype=knowledge.graph.dtype, device=neuron.device)
-            A.flatten(1)[torch.arange(len(A), device=A.device), neuron] = 1
-            return cls.at(knowledge, node.name, A, index)
-        rows = cls.at(knowledge, node.inputs[0], pulled[0], index)
-        if rule.bias is not None:
-            rows.offset = rule.bias.expand(node.shape).reshape(-1)[neuron].double()
-        if knowledge.rounds:
-            error = knowledge.error(node)
-            if error is not None:
-                rows.loss = error.flatten(1)[index, neuron].double()
-        return rows
-
-    def gather(self, values: Tensor) -> Tensor:
-        """Return per-sample values per row; one sample's rows share them without a copy."""
-        first = int(self.index[0])
-        if bool((self.index == first).all()):
-            return values[first : first + 1]
-        return values[self.index]
-
-    def lose(self, A: Tensor, error: Tensor) -> None:
-        """Add <|A|, error>; the factor covers the rounding of its own products."""
-        self.loss = self.loss + inner(A.abs(), self.gather(error)) * (1 + 2 * inner_error(error[0].numel(), A.dtype))
-
-    def shift(self, constant: Tensor) -> None:
-        """Add to the offsets; large terms may cancel later, so each sum's own rounding is lost here."""
-        self.offset = self.offset + constant
-        self.loss = self.loss + 2.0**-53 * self.offset.abs()
-
-    def halve(self) -> None:
-        """Split every row into itself and its negative."""
-        self.pending = {name: torch.cat([A, -A]) for name, A in self.pending.items()}
-        self.offset = torch.cat([self.offset, -self.offset])
-        self.loss, self.index = self.loss.repeat(2), self.index.repeat(2)
-        self.split = True
+    def start(self, name: str, A: Float[Tensor, "rows 1 *shape"]) -> None:
+        """Start with coefficients over the values of a node."""
+        self.add(name, A if self.groups is None or name in self.frames else self.groups.gather(A))
+        self.settle_rider(name, self.pending[name])
 
     def add(self, name: str, A: Tensor) -> None:
-        """Add coefficients over the values of ``name``; a fork's parts add up."""
-        if name in self.pending:
-            A = self.pending[name] + A
-            if self.knowledge.rounds:
-                u = unit_roundoff(A.dtype)
-                self.lose(A, self.knowledge.intervals[name].magnitude * u)
-        self.pending[name] = A
+        """Add coefficients over the pulled-back part of ``name``; a fork's parts add up."""
+        self.pending[name] = self.pending[name] + A if name in self.pending else A
 
-    def step(self, node: Node) -> None:
-        """Move the coefficients over ``node`` to its inputs."""
-        if not node.rule.affine and not self.split:
-            self.halve()
+    def of_sample(self, name: str, values: Tensor) -> Tensor:
+        """Return values [batch or 1, ...] of a node, as the coefficients over it need them: [groups or 1, 1, ...]."""
+        if name in self.frames:
+            assert self.position is not None
+            return self.frames[name].cut(values, self.sample, self.position)[:, None]
+        if len(values) > 1:
+            values = values[self.sample if self.groups is None else self.groups.sample]
+        return values[:, None]
+
+    def shift(self, name: str, constant: Tensor) -> None:
+        """Add constants, laid out as the coefficients over ``name`` are, to the offsets."""
+        constant = self._flat(name, constant)
+        self.offset, self.size = self.offset + constant, self.size + constant.abs()
+
+    def lose(self, name: str, amount: Tensor) -> None:
+        """Give up ``amount`` >= 0 of every row, whatever its sign."""
+        self.loss = self.loss + self._flat(name, amount)
+
+    def settle_rider(self, name: str, A: Tensor) -> None:
+        """Turn coefficients over the values of ``name`` into some over their pulled-back parts."""
+        rider = self.knowledge.rider(name)
+        if rider.constant is not None:
+            self.shift(name, inner(A, self.of_sample(name, rider.constant.to(A.dtype))))
+        if rider.error is not None:
+            factor = 1 + 4 * inner_error(rider.error[0].numel(), A.dtype)
+            self.lose(name, inner(A.abs(), self.of_sample(name, rider.error)) * factor)
+
+    def step(self, node: Node, lines: Relaxation | None = None) -> None:
+        """Move the coefficients over ``node`` to its inputs, through its own lines or the given ones."""
+        rule, windowed = node.rule, node.name in self.frames
+        if not rule.affine:
+            self._split()
+            lines = self._lines(node) if lines is None else lines
         A = self.pending.pop(node.name)
-        relaxation = self.knowledge.relaxation(node) if not node.rule.affine else None
-        if self.knowledge.rounds:
-            error = self.knowledge.error(node)
-            if error is not None:
-                self.lose(A, error)
-            self.loss = self.loss + self.knowledge.underflow(node)[self.index] * (1 + A.abs().flatten(1).amax(1))
-        pulled, constant = node.rule.pull_back(A, None if relaxation is None else self._rows_of(relaxation))
+        pulled, constant = rule.pull_window(A, lines) if windowed else rule.pull_back(A, lines)
         if constant is not None:
-            self.shift(constant)
+            self.shift(node.name, constant)
         for name, part in zip(node.inputs, pulled, strict=True):
+            part = self._fit(node, name, part) if windowed else part
+            if not (rule.carries or isinstance(rule, Elementwise)):
+                self.settle_rider(name, part)
             self.add(name, part)
+        self.visited.append(node)
 
     def settle(self, name: str) -> None:
         """Concretise the coefficients over ``name`` on its interval (the input: on the domain itself)."""
-        if not self.split:
-            self.halve()
-        A = self.pending.pop(name)
-        if name == INPUT:
-            domain = self.knowledge.domain
-        else:
-            interval = self.knowledge.intervals[name]
-            known = torch.isfinite(interval.lower) & torch.isfinite(interval.upper)
-            whole = known.flatten(1).all(1)  # a sample that exploded has no bound, the others keep theirs
-            self.offset = torch.where(whole[self.index], self.offset, -torch.inf)
-            domain = Box(torch.where(known, interval.lower, 0), torch.where(known, interval.upper, 0))
-        first = int(self.index[0])
-        single = bool((self.index == first).all())
-        own = domain.take(self.index[:1] if single else self.index)
-        self.shift(own.infimum(A))
+        self._split()
+        A, domain = self.pending.pop(name), self.knowledge.domain
+        if name != INPUT or domain.is_box:
+            hull, whole = self.knowledge.hull(name)
+            if whole is not None:  # a sample that exploded has no bound, the others keep theirs
+                self.offset = torch.where(whole[self.sample, None], self.offset, -torch.inf)
+            ends = (self.of_sample(name, end)[:, 0] for end in (hull.lower, hull.upper))
+            self.shift(name, box_infimum(A, Interval(*ends)))
+            return
+        if name in self.frames:
+            assert self.position is not None
+            A = self.frames[name].spread(A, self.position, self.knowledge.graph.shape(name)[1:])
+            self.frames = {}
+            A = A if self.groups is None else self.groups.gather(A)
+        own = domain.take(self.sample if self.groups is None else self.groups.sample)
+        self.shift(name, own.infimum_rows(A))
 
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Return lower and upper bounds per row, float64; sums of a few terms are stepped outward."""
-        bound = step_down(self.offset - self.loss * (1 + 2.0**-40), 4)
-        bound = bound - 2.0**-48 * (self.offset.abs() + self.loss)
-        lower, upper = bound.chunk(2)
-        return lower, -upper
+    def result(self) -> Interval:
+        """Return bounds per row, float64 (the upper one is infinite unless ``both``); sums are rounded outward."""
+        loss = self.loss * (1 + 2.0**-40) + 2.0**-48 * self.size
+        if self.knowledge.rounds and self.visited:
+            flushed = torch.stack([self.knowledge.underflow(node) for node in self.visited]).sum(0)
+            loss = loss + flushed[self.sample, None]
+        bound = step_down(self.offset - loss, 4)
+        return Interval(bound[:, 0], -bound[:, 1] if self.both else torch.full_like(bound[:, 0], torch.inf))
 
-    def _rows_of(self, relaxation: Relaxation) -> Relaxation:
-        r = relaxation
-        return Relaxation(*(self.gather(x) for x in (r.lower_slope, r.lower_offset, r.upper_slope, r.upper_offset)))
+    def _split(self) -> None:
+        if self.split or not self.both:
+            return
+        self.pending = {name: torch.stack([A, -A], 2).flatten(1, 2) for name, A in self.pending.items()}
+        self.offset = torch.cat([self.offset, -self.offset], 1)
+        self.loss, self.size = self.loss.repeat(1, 2), self.size.repeat(1, 2)
+        self.split = True
+
+    def _flat(self, name: str, constant: Tensor) -> Tensor:
+        """Lay out as [rows, k] what comes as the coefficients over ``name`` stand."""
+        return constant if self.groups is None or name in self.frames else self.groups.scatter(constant)
+
+    def _lines(self, node: Node) -> Relaxation:
+        r = self.knowledge.lines(node)
+        parts = (r.lower_slope, r.lower_offset, r.upper_slope, r.upper_offset)
+        if node.name in self.frames:
+            return Relaxation(*self.of_sample(node.name, torch.stack(parts, 1)).unbind(2))
+        return Relaxation(*(self.of_sample(node.name, part) for part in parts))
+
+    def _fit(self, node: Node, name: str, A: Tensor) -> Tensor:
+        """Bring coefficients from the windows that ``node`` reaches in ``name`` to those kept there, or to maps."""
+        reached, shape = node.rule.reach(self.frames[node.name]), self.knowledge.graph.shape(name)
+        assert reached is not None
+        assert self.position is not None
+        if name not in self.frames:
+            whole = reached.spread(A, self.position, shape[1:])
+            return whole if self.groups is None else self.groups.gather(whole)
+        A = self.frames[name].pad_from(A, reached)
+        source = self.knowledge.graph.nodes.get(name)
+        if source is not None and source.rule.affine and reached != self.frames[node.name]:
+            inside = A.new_ones(1, 1, *shape[1:])  # nothing may leak in from beyond the edge
+            A = A * self.frames[name].cut(inside, self.sample, self.position)[:, None]
+        return A
 
 
-def bound_rows(rows: Rows, *, relax: bool = True) -> tuple[Float64[Tensor, "rows"], Float64[Tensor, "rows"]]:
+def plan_windows(graph: Graph, start: str) -> dict[str, Frame]:
+    """Return the frames of the maps, from ``start`` back, on which windows are worth keeping."""
+    shape = graph.shape(start)
+    frames = {start: Frame.start(len(shape) - 1)} if len(shape) > 1 else {}
+    whole: set[str] = set()
+    for name in reversed(graph.nodes):
+        node = graph.nodes[name]
+        reached = node.rule.reach(frames[name]) if name in frames else None
+        if reached is None:
+            if name in frames or name in whole:
+                frames.pop(name, None)
+                whole.update(node.inputs)
+                for source in node.inputs:
+                    frames.pop(source, None)
+            continue
+        for source in node.inputs:
+            joint = frames[source] | reached if source in frames else reached
+            space = graph.shape(source)[1:]
+            if source in whole or joint is None or 2 * math.prod(joint.size) > math.prod(space):
+                whole.add(source)
+                frames.pop(source, None)
+            else:
+                frames[source] = joint
+    return frames
+
+
+def bound_rows(rows: Rows, *, relax: bool = True) -> Interval:
     """Return lower <= row <= upper for every row.
 
     With ``relax`` the rows go to the input through relaxations (CROWN); without, they go through affine nodes only
     and are settled on the intervals of the first other nodes (one affine step after interval propagation).
     """
+    entry = rows.knowledge.entry
     for name in reversed(rows.knowledge.graph.nodes):
         if name in rows.pending:
             node = rows.knowledge.graph.nodes[name]
-            if relax or node.rule.affine:
-                rows.step(node)
-            else:
+            if name == entry or not (relax or node.rule.affine):
                 rows.settle(name)
+            else:
+                rows.step(node)
     if INPUT in rows.pending:
         rows.settle(INPUT)
     return rows.result()
 
 
-def bound_coefficients(
-    knowledge: Knowledge, name: str, A: Tensor, index: Int[Tensor, "rows"], *, relax: bool = True
-) -> Interval:
-    """Return bounds of <A, y> [rows] for y the values of ``name``, in blocks that fit ROW_BYTES."""
-    parts = [
-        bound_rows(Rows.at(knowledge, name, A[block], index[block]), relax=relax) for block in _blocks(knowledge, index)
-    ]
-    lower, upper = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Interval(lower, upper)
+def bound_claim(knowledge: Knowledge, C: Float[Tensor, "batch rows outputs"], *, relax: bool = True) -> Tensor:
+    """Return lower bounds [batch, rows], float64, of C y for y the outputs of the graph."""
+    graph, (batch, count, _) = knowledge.graph, C.shape
+    sample = torch.arange(batch, device=C.device).repeat_interleave(count)
+    A = C.to(graph.dtype).reshape(batch * count, 1, *graph.shape(graph.output))
+    bound = torch.empty(len(sample), dtype=torch.float64, device=C.device)
+    for block in _blocks(sample, _most(graph, {}, 1)):
+        rows = Rows(knowledge, sample[block], both=False, groups=Groups.of(sample[block]))
+        rows.start(graph.output, A[block])
+        bound[block] = bound_rows(rows, relax=relax).lower
+    return bound.view(batch, count)
 
 
 def bound_neurons(knowledge: Knowledge, node: Node, wanted: Tensor) -> Interval:
     """Return CROWN bounds [n], float64, of the outputs of ``node`` where the mask ``wanted`` [batch, *shape] is set."""
-    sample, *place = wanted.nonzero(as_tuple=True)
-    neuron = torch.zeros_like(sample)
-    for axis, size in zip(place, node.shape, strict=True):
-        neuron = neuron * size + axis
-    parts = [
-        bound_rows(Rows.of_neurons(knowledge, node, neuron[block], sample[block]))
-        for block in _blocks(knowledge, sample)
-    ]
-    lower, upper = (torch.cat(column) for column in zip(*parts, strict=True))
+    sample, neuron = wanted.flatten(1).nonzero(as_tuple=True)
+    frames = plan_windows(knowledge.graph, node.name)
+    lower, upper = torch.empty(2, len(sample), dtype=torch.float64, device=sample.device)
+    for block in _blocks(sample, _most(knowledge.graph, frames, 2), grouped=INPUT not in frames):
+        found = bound_rows(_neuron_rows(knowledge, node, frames, sample[block], neuron[block]))
+        lower[block], upper[block] = found.lower, found.upper
     return Interval(step_down(lower), step_up(upper))
 
 
-def _blocks(knowledge: Knowledge, index: Tensor) -> list[slice]:
-    """Blocks of rows that fit the memory; whole samples where these are large, so that their rows share data."""
-    graph = knowledge.graph
-    widest = max(torch.Size(graph.shape(name)).numel() for name in (INPUT, *graph.nodes))
-    most = max(1, ROW_BYTES // (LIVE * 2 * widest * graph.dtype.itemsize))
-    ends = torch.cat([(index[1:] != index[:-1]).nonzero()[:, 0] + 1, index.new_tensor([len(index)])]).tolist()
-    if len(index) < OWN_BLOCK * len(ends):  # many samples with few rows each
-        return [slice(i, min(i + most, len(index))) for i in range(0, len(index), most)]
-    blocks, start = [], 0
-    for end in ends:
-        blocks += [slice(i, min(i + most, end)) for i in range(start, end, most)]
-        start = end
-    return blocks
+def _neuron_rows(knowledge: Knowledge, node: Node, frames: dict[str, Frame], sample: Tensor, neuron: Tensor) -> Rows:
+    """Rows that start at single outputs (flat positions ``neuron``) of a node."""
+    rows = Rows(knowledge, sample, both=True, frames=frames, groups=Groups.of(sample))
+    count, dtype = torch.arange(len(sample), device=sample.device), knowledge.graph.dtype
+    if node.name not in frames:
+        A = torch.zeros(len(sample), 1, *node.shape, dtype=dtype, device=sample.device)
+        A.flatten(1)[count, neuron] = 1
+    else:
+        channels, *space = node.shape
+        rows.position = torch.stack(torch.unravel_index(neuron % math.prod(space), tuple(space)), 1)
+        A = torch.zeros(len(sample), 1, channels, *[1] * len(space), dtype=dtype, device=sample.device)
+        A.flatten(1)[count, neuron // math.prod(space)] = 1
+    rows.start(node.name, A)
+    return rows
+
+
+def _most(graph: Graph, frames: dict[str, Frame], sides: int) -> int:
+    """How many rows a block may have: by the widest whole map, or the widest window with the lines cut for it."""
+    whole = [math.prod(graph.shape(name)) for name in (INPUT, *graph.nodes) if name not in frames]
+    cut = [graph.shape(name)[0] * math.prod(frame.size) * 3 for name, frame in frames.items()]
+    widest = max(cut if INPUT in frames else [*whole, *cut])
+    return max(1, block_bytes(graph.device) // (sides * widest * graph.dtype.itemsize))
+
+
+def _blocks(sample: Int[Tensor, "rows"], most: int, *, grouped: bool = True) -> Iterator[Tensor]:
+    """Yield the rows in blocks of about ``most``; grouped ones hold samples with about as many rows each."""
+    if not grouped:
+        yield from torch.arange(len(sample), device=sample.device).split(most)
+        return
+    counts = sample.bincount()[sample]
+    order = counts.sort(descending=True, stable=True).indices  # rows of one sample stay together
+    runs = sample[order].unique_consecutive(return_counts=True)[1].tolist()
+    while runs:
+        taken = max(1, most // runs[0])  # samples that fit, padded to the first one's rows
+        block, order = order.split([sum(runs[:taken]), sum(runs[taken:])])
+        runs = runs[taken:]
+        yield from block.split(max(most, 1))

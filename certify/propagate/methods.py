@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from certify.enclosures import Interval
 from certify.errors import InvalidInput
 from certify.graph import INPUT, Graph, Node
-from certify.propagate.backward import bound_coefficients, bound_neurons
+from certify.propagate.backward import bound_claim, bound_neurons
 from certify.propagate.state import Knowledge, propagate_intervals
 from certify.registry import METHODS, lookup, register_method
 from certify.rounding import Arithmetic, round_down, round_up
@@ -29,8 +30,8 @@ class BoundMethod(Protocol):
         """The name that reports print."""
         ...
 
-    def bound(self, graph: Graph, domain: PerturbationSet, spec: Spec, arithmetic: Arithmetic) -> Interval:
-        """Return bounds of the rows C y + d, float64 [batch, rows]; infinite where nothing is known."""
+    def bound(self, graph: Graph, domain: PerturbationSet, spec: Spec, arithmetic: Arithmetic) -> Tensor:
+        """Return lower bounds of the rows C y + d, float64 [batch, rows]; -inf where nothing is known."""
         ...
 
 
@@ -43,13 +44,13 @@ class Propagation:
         """Return the intervals of every node."""
         return propagate_intervals(Knowledge(graph, domain, arithmetic))
 
-    def bound(self, graph: Graph, domain: PerturbationSet, spec: Spec, arithmetic: Arithmetic) -> Interval:
-        """Return bounds of the rows; those of a relaxing method are never worse than its own intervals give."""
+    def bound(self, graph: Graph, domain: PerturbationSet, spec: Spec, arithmetic: Arithmetic) -> Tensor:
+        """Return lower bounds of the rows; those of a relaxing method are never worse than its own intervals give."""
         knowledge = self.learn(graph, domain, arithmetic)
         margin = spec_rows(knowledge, spec, relax=False)
         if self.relax:
-            margin = margin & spec_rows(knowledge, spec, relax=True)
-        return margin.sanitized()
+            margin = torch.fmax(margin, spec_rows(knowledge, spec, relax=True))
+        return margin.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
 
 
 @register_method("ibp")
@@ -102,16 +103,10 @@ class CROWN(Propagation):
         return knowledge
 
 
-def spec_rows(knowledge: Knowledge, spec: Spec, *, relax: bool) -> Interval:
-    """Return bounds of C y + d [batch, rows] in float64."""
-    graph = knowledge.graph
-    batch, rows, _ = spec.C.shape
-    A = spec.C.to(graph.dtype).reshape(batch * rows, *graph.shape(graph.output))
-    index = torch.arange(batch, device=A.device).repeat_interleave(rows)
-    found = bound_coefficients(knowledge, graph.output, A, index, relax=relax)
-    d = spec.d.double()
-    pad = 2.0**-50 * (d.abs() + found.magnitude.view(batch, rows))
-    return Interval(found.lower.view(batch, rows) + d - pad, found.upper.view(batch, rows) + d + pad)
+def spec_rows(knowledge: Knowledge, spec: Spec, *, relax: bool) -> Float64[Tensor, "batch rows"]:
+    """Return lower bounds of C y + d in float64."""
+    found, d = bound_claim(knowledge, spec.C, relax=relax), spec.d.double()
+    return found + d - 2.0**-50 * (d.abs() + found.abs())
 
 
 def resolve_method(method: str | BoundMethod) -> BoundMethod:

@@ -301,22 +301,6 @@ def test_transpose_is_the_adjoint_of_linear(name):
                 torch.testing.assert_close((A * y).flatten(1).sum(1), back, rtol=1e-10, atol=1e-10)
 
 
-def test_rows_of_a_layer_are_the_adjoint_of_unit_vectors():
-    layers = [
-        nn.Linear(5, 4),
-        nn.Conv1d(2, 4, 3, stride=3, padding=2, dilation=2, groups=2),
-        nn.Conv2d(4, 6, (3, 2), stride=(2, 3), padding=(1, 2), groups=2),
-        nn.Conv3d(1, 2, 2, stride=2, padding=1),
-    ]
-    for layer, shape in zip(layers, [(5,), (2, 11), (4, 7, 6), (1, 3, 4, 5)], strict=True):
-        graph = trace(layer.double().eval(), torch.randn(1, *shape, dtype=torch.float64))
-        (node,) = graph.nodes.values()
-        eye = torch.eye(torch.Size(node.shape).numel(), dtype=torch.float64)
-        with torch.no_grad():
-            rows = node.rule.rows(torch.arange(len(eye)), node.shape)
-            assert torch.equal(rows[0], node.rule.transpose(eye.view(-1, *node.shape))[0])
-
-
 @pytest.mark.parametrize(
     ("model", "shape", "part"),
     [
