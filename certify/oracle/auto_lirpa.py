@@ -1,6 +1,7 @@
 """auto-lirpa as an independent oracle: the same questions, answered by another code.
 
-For cross-checks in tests and benchmarks. It knows no float contract: its answers hold in real arithmetic.
+For cross-checks in tests and benchmarks. It knows no float contract: its answers hold in real arithmetic. Activations
+that it does not know are bounded on our lines (custom.py): there the propagation alone is independent.
 Reference: Xu et al., "Automatic perturbation analysis for scalable certified robustness" (2020), version 0.3.
 """
 

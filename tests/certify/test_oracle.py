@@ -140,29 +140,30 @@ def test_what_the_oracle_cannot_answer_is_a_typed_error() -> None:
         margins(_mlp(), LpBall(x, 0.1), class_margins(torch.tensor([0, 1]), 3))
 
 
-def test_use_leaves_no_trace(capfd: pytest.CaptureFixture[str]) -> None:
-    state = compat._exporter_globals()
-    before = (
+def _process_state() -> tuple[object, ...]:
+    """What the import, a conversion or an optimisation could leave behind."""
+    return (
         list(warnings.filters),
         list(logging.getLogger().handlers),
-        state.export_onnx_opset_version,
+        compat._exporter_globals().export_onnx_opset_version,
         torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.clamp,
         "numpy.lib.arraysetops" in sys.modules,
         hasattr(torch._C.Node, "__getitem__"),
     )
+
+
+@pytest.mark.parametrize("method", ["crown", "alpha-crown"])
+def test_use_leaves_no_trace(method: str, capfd: pytest.CaptureFixture[str]) -> None:
+    before = _process_state()
     model = _mlp().double()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    margins(model, LpBall(torch.rand(1, 5).double(), 0.1), class_margins(torch.tensor([0]), 3, torch.float64))
-    after = (
-        list(warnings.filters),
-        list(logging.getLogger().handlers),
-        state.export_onnx_opset_version,
-        torch.get_default_dtype(),
-        "numpy.lib.arraysetops" in sys.modules,
-        hasattr(torch._C.Node, "__getitem__"),
-    )
-    assert before == after
+    spec = class_margins(torch.tensor([0]), 3, torch.float64)
+    margins(model, LpBall(torch.rand(1, 5).double(), 0.1), spec, method, steps=40)
+    assert before == _process_state()
     assert not model.training
+    assert all(value.requires_grad and value.grad is None for value in model.parameters())
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert capfd.readouterr() == ("", "")
 
