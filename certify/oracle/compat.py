@@ -42,6 +42,22 @@ def auto_lirpa() -> Iterator[types.ModuleType]:
         yield _package()
 
 
+@contextmanager
+def gradients() -> Iterator[None]:
+    """Record gradients, and pass them at the bounds of torch.clamp, where auto-lirpa's alphas start.
+
+    torch 2.15 passes none there: alphas of 0 and 1 would never move.
+    """
+
+    def inclusive(x: torch.Tensor, *bounds: Any, **named: Any) -> torch.Tensor:
+        y = clamp(x, *bounds, **named)
+        return torch.where(y == x, x, y)
+
+    clamp = torch.clamp
+    with torch.enable_grad(), mock.patch.object(torch, "clamp", inclusive):
+        yield
+
+
 def _package() -> types.ModuleType:
     try:
         with mock.patch.object(warnings, "simplefilter"):  # its import would change the filter and print the rest
