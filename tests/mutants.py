@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import certify
-from certify.activations import enclose, piecewise, smooth
+from certify.activations import enclose, fan, piecewise, smooth
 from certify.activations.piecewise import PiecewiseLinear
 from certify.enclosures import Interval, Relaxation
 from certify.frames import Frame
@@ -30,7 +30,8 @@ from certify.propagate import methods
 from certify.propagate.backward import Rows
 from certify.propagate.state import Knowledge
 from certify.sets import LpBall
-from models.kaf_facts import GaussianCurve
+from models import kaf_table
+from models.kaf_table import Table
 
 Patch = pytest.MonkeyPatch
 
@@ -112,14 +113,32 @@ def clip_forgotten(patch: Patch) -> None:
 @mutant(check.silu_facts)
 def no_sag_in_enclose(patch: Patch) -> None:
     def flat(cells: Any) -> Any:
-        return replace(cells, sag_up=cells.sag_up * 0, sag_down=cells.sag_down * 0)
+        return replace(cells, rise=cells.rise * 0, slack=cells.slack * 0)
 
     patch.setattr(enclose._Cells, "between", _keep(enclose._Cells.between, flat))
 
 
 @mutant(check.kaf_facts)
-def no_third_derivative_of_a_kaf(patch: Patch) -> None:
-    patch.setattr(GaussianCurve, "third", lambda self, lower, upper: torch.zeros_like(lower))
+def no_fourth_derivative_of_a_kaf(patch: Patch) -> None:
+    patch.setattr(Table, "fourth", lambda self, lower, upper: torch.zeros_like(lower))
+
+
+@mutant(check.coarse_table)
+def no_error_of_a_table(patch: Patch) -> None:
+    before = Table._limit
+    patch.setattr(
+        Table, "_limit", lambda self, row, lower, upper: before(self, row, lower, upper) * (0.0 if row < 2 else 1.0)
+    )
+
+
+@mutant(check.coarse_table)
+def turning_points_forgotten(patch: Patch) -> None:
+    patch.setattr(kaf_table, "_turns", lambda low, step, cubic: (cubic[0][:, :0].t(), cubic[0][:, :0].t()))
+
+
+@mutant(check.fan_between_lines)
+def rounding_of_interpolated_lines_forgotten(patch: Patch) -> None:
+    patch.setattr(fan, "_between", _keep(fan._between, lambda found: (*found[:2], found[2] * 0)))
 
 
 @mutant(check.kinked_base)

@@ -147,6 +147,29 @@ def kaf_facts() -> None:
     check_activation(models.KAFFacts(models.KAF(4).eval(), None, 2), 4, cases=30)
 
 
+def coarse_table() -> None:
+    """The facts of a KAF whose table has two nodes per unit, with errors that every check sees."""
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("models.kaf_table.FINE", 2)
+        check_activation(models.KAFFacts(models.KAF(4).eval(), None, 2), 4, cases=60)
+
+
+def fan_between_lines() -> None:
+    """Lines between two neighbours of a fan in float32 lie above their exact convex combination at both ends."""
+    generator = torch.Generator().manual_seed(0)
+    low, run = torch.randn(2, 1, 400, generator=generator).unbind(0)
+    z = Interval(low, low + run.abs())
+    fan, alpha = smooth.Sigmoid().fan(z), torch.rand(1, 400, generator=generator)
+    place = alpha * (len(fan.upper_slope) - 1)
+    first = place.long()
+    r, weight = fan.at((alpha, alpha)), (place - first).double()
+    for end in (z.lower.double(), z.upper.double()):
+        ends = (fan.upper_slope.double() * end + fan.upper_offset.double()).gather(0, torch.stack([first, first + 1]))
+        exact = ends[0] + weight * (ends[1] - ends[0])
+        assert bool((r.upper_slope.double() * end + r.upper_offset.double() >= exact).all())
+
+
 def exact_chords() -> None:
     """Chords in float32 lie above ReLU at both ends, in exact arithmetic."""
     generator = torch.Generator().manual_seed(0)
@@ -163,8 +186,9 @@ def kinked_base() -> None:
         kaf.alpha.copy_(torch.tensor([[0.0, 0.0, 6.0, 0.0, 0.0]]))
     facts = trace(kaf, torch.zeros(1, 1)).nodes["model"].rule.facts
     z = Interval(-torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64))
-    s, r = torch.linspace(-1, 1, 4001, dtype=torch.float64).view(-1, 1), facts.relax(z)
-    assert bool((kaf.double()(s) <= r.upper_slope * s + r.upper_offset + 1e-12).all())
+    slopes = torch.linspace(-1, 5, 61, dtype=torch.float64).view(-1, 1, 1)
+    s, r = torch.linspace(-1, 1, 4001, dtype=torch.float64).view(-1, 1), facts.lines(z, (slopes, slopes))
+    assert bool((r.upper_slope[:, 0] * s.T + r.upper_offset[:, 0] + 1e-12 >= kaf.double()(s).T).all())
 
 
 def clamp_facts() -> None:

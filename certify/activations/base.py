@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from certify.activations.fan import Fan, spread
 from certify.enclosures import Interval, Relaxation
 from certify.rounding import round_down, round_up
 
@@ -32,6 +33,9 @@ class Activation(ABC):
 
     #: Whether the relaxation is exact on intervals that hold no kink (see ``undecided``).
     piecewise: bool = False
+
+    #: Lines per side of a ``fan``.
+    fan_size: int = 9
 
     @classmethod
     @abstractmethod
@@ -61,7 +65,10 @@ class Activation(ABC):
 
     @abstractmethod
     def lines(self, z: Interval, slopes: tuple[Tensor, Tensor] | None) -> Relaxation:
-        """Return sound lines over z: with the given (lower, upper) slopes, or with those of smallest area."""
+        """Return sound lines over z: with the given (lower, upper) slopes, or with slopes of the activation's choice.
+
+        The choice is of smallest area, or nearly so with less distance at the ends (see ``Smooth.lines``).
+        """
 
     def undecided(self, z: Interval) -> Tensor:
         """Return where a tighter z could give a tighter relaxation (piecewise: a kink strictly inside)."""
@@ -71,7 +78,7 @@ class Activation(ABC):
         """Return lower_slope s + lower_offset <= f(s) <= upper_slope s + upper_offset for every real s in z.
 
         Sound for EVERY alpha = (lower, upper), each in [0, 1] and broadcastable against z with optional leading
-        dimensions; None gives the pair of lines with the smallest area between them.
+        dimensions; None gives one good pair of lines, usually that with the smallest area between them.
         """
         if alpha is None:
             return self.lines(z, None)
@@ -79,13 +86,17 @@ class Activation(ABC):
         lower, upper = (m.lower + a * (m.upper - m.lower) for a in alpha)
         return self.lines(z, (lower, upper))
 
+    def fan(self, z: Interval) -> Fan:
+        """Return a family of sound lines over z, among them those of ``relax(z)``: see ``Fan``."""
+        return spread(z, self.slope_range(z), self.lines, self.fan_size)
+
     def describe(self) -> dict[str, Any]:
         """Return extra facts for reports (none by default)."""
         return {}
 
 
-def middle_slope(s: Float[Tensor, "k *n"], v: Float[Tensor, "k *n"]) -> Float[Tensor, "*n"]:
-    """Return the slope of the line above all vertices (s, v) that is lowest at the middle of their span.
+def middle_edge(s: Float[Tensor, "k *n"], v: Float[Tensor, "k *n"]) -> tuple[Tensor, Tensor]:
+    """Return the slope of the line above all vertices (s, v) that is lowest at the middle of their span, and how low.
 
     Of all lines above a function on [l, u] the one with the smallest area below it is the lowest at (l + u) / 2:
     the edge of the concave hull there. Found by cutting planes: replace the left or right support by the vertex
@@ -96,8 +107,7 @@ def middle_slope(s: Float[Tensor, "k *n"], v: Float[Tensor, "k *n"]) -> Float[Te
     left_s, left_v, right_s, right_v = s[0], v[0], s[-1], v[-1]
     slope = _slope(left_s, left_v, right_s, right_v)
     for _ in range(min(len(s) - 1, 12)):
-        height = v - slope * s
-        top, index = height.max(0)
+        top, index = torch.addcmul(v, s, slope, value=-1).max(0)
         line = torch.maximum(left_v - slope * left_s, right_v - slope * right_s)
         above = top > line + 1e-15 * (line.abs() + top.abs())
         if not bool(above.any()):
@@ -108,7 +118,7 @@ def middle_slope(s: Float[Tensor, "k *n"], v: Float[Tensor, "k *n"]) -> Float[Te
         left_s, left_v = torch.where(left, new_s, left_s), torch.where(left, new_v, left_v)
         right_s, right_v = torch.where(right, new_s, right_s), torch.where(right, new_v, right_v)
         slope = _slope(left_s, left_v, right_s, right_v)
-    return slope
+    return slope, left_v + slope * (middle - left_s)
 
 
 def _slope(s0: Tensor, v0: Tensor, s1: Tensor, v1: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from certify.activations.base import Activation, middle_slope, outward
+from certify.activations.base import Activation, middle_edge, outward
 from certify.enclosures import Interval, Relaxation
 from certify.errors import UnsupportedOperation
 from certify.graph import Call
@@ -25,6 +25,8 @@ class PiecewiseLinear(Activation):
 
     def __init__(self, kinks: tuple[float, ...], slopes: tuple[float | Tensor, ...], value: float = 0.0) -> None:
         self.kinks, self.slopes, self.value = kinks, slopes, value
+        if len(kinks) == 1:  # convex or concave: the chord on one side, both pieces on the other
+            self.fan_size = 2
 
     @classmethod
     def from_call(cls, call: Call) -> PiecewiseLinear:
@@ -83,8 +85,8 @@ class PiecewiseLinear(Activation):
         if slopes is None:
             s, v = self._vertices(z)
             straight = self.slope_range(z)
-            upper = _exact(middle_slope(s, v), straight, dtype)
-            lower = _exact(-middle_slope(s, -v), straight, dtype)
+            upper = _exact(middle_edge(s, v)[0], straight, dtype)
+            lower = _exact(-middle_edge(s, -v)[0], straight, dtype)
         else:
             shape = torch.broadcast_shapes(z.lower.shape, *(slope.shape for slope in slopes))
             z = Interval(z.lower.expand(shape), z.upper.expand(shape))
@@ -93,7 +95,8 @@ class PiecewiseLinear(Activation):
         noise = 2.0**-50 * (v.abs().amax(0) + torch.maximum(lower.abs(), upper.abs()) * s.abs().amax(0))
         low_noise, up_noise = (noise if not self._exact_values else torch.where(_simple(a), 0, noise)
                                for a in (lower, upper))  # fmt: skip
-        return outward(dtype, (lower, (v - lower * s).amin(0) - low_noise), (upper, (v - upper * s).amax(0) + up_noise))
+        low, up = (v - lower * s).amin(0) - low_noise, (v - upper * s).amax(0) + up_noise  # NaN where z is infinite
+        return outward(dtype, (lower, low.nan_to_num(nan=-torch.inf)), (upper, up.nan_to_num(nan=torch.inf)))
 
     @property
     def _exact_values(self) -> bool:

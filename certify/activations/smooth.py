@@ -1,6 +1,6 @@
 """Smooth activations: ``Smooth`` derives range and lines from a curve; the usual functions give theirs in closed form.
 
-Each curve states f, f'' and a bound of |f'''| that decays in the tails; enclose.py turns that into certified lines.
+Each curve states f, f', f'' and a bound of |f''''| that decays in the tails; enclose.py makes certified lines of it.
 """
 
 from __future__ import annotations
@@ -42,51 +42,53 @@ class Smooth(Activation):
         return Interval(flat.lower_offset, flat.upper_offset)
 
     def lines(self, z: Interval, slopes: tuple[Tensor, Tensor] | None) -> Relaxation:
-        shape, dtype = z.lower.shape, z.lower.dtype
-        if slopes is not None:
+        """Of our choice: on each side the line of smallest area, or the parallel to the chord if that burdens less."""
+        shape, dtype, n = z.lower.shape, z.lower.dtype, z.lower.numel()
+        curve = self.curve(shape, z.lower.device)
+        if slopes is not None:  # leading dimensions of the slopes share the grids of z
             shape = torch.broadcast_shapes(shape, slopes[0].shape, slopes[1].shape)
-            lower_slope, upper_slope = (slope.to(dtype).double().expand(shape).reshape(-1) for slope in slopes)
+            lower_slope, upper_slope = (slope.to(dtype).double().expand(shape).reshape(-1, n) for slope in slopes)
             slopes = lower_slope, upper_slope
-        lower, upper = (end.double().expand(shape).reshape(-1) for end in (z.lower, z.upper))
-        low, up = certified_lines(self.curve(shape, z.lower.device), lower, upper, slopes)
+        low, up = certified_lines(curve, z.lower.double().reshape(-1), z.upper.double().reshape(-1), slopes)
         return outward(dtype, *((slope.view(shape), offset.view(shape)) for slope, offset in (low, up)))
 
 
 @dataclass(frozen=True)
 class Formula(Curve):
-    """A curve in closed form: ``value`` and ``second`` of s, ``bound`` of (distance of a cell to 0, its upper end)."""
+    """f, f' and f'' in closed form; ``bound`` of |f''''|, of (distance of a cell to 0, its upper end)."""
 
     value: Callable[[Tensor], Tensor]
+    first: Callable[[Tensor], Tensor]
     second: Callable[[Tensor], Tensor]
     bound: Callable[[Tensor, Tensor], Tensor]
     breakpoints: tuple[float, ...] = ()
 
-    def values(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        f = self.value(s)
-        return f, self.second(s), FLOAT64_ERROR * f.abs() + 1e-300
+    def values(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        f, second = self.value(s), self.second(s)
+        size = f.abs().amax(0)
+        return f, second, FLOAT64_ERROR * size + 1e-300, FLOAT64_ERROR * (size + second.abs().amax(0))
 
-    def third(self, lower: Tensor, upper: Tensor) -> Tensor:
+    def slope(self, s: Tensor) -> Tensor:
+        return self.first(s)
+
+    def fourth(self, lower: Tensor, upper: Tensor) -> Tensor:
         return self.bound(torch.maximum(lower, -upper).clamp(min=0), upper)
 
 
 class ClosedForm(Smooth):
     """A smooth activation without parameters per neuron: everything from formulas of one variable.
 
-    ``formula`` is f with its derivatives, ``slope`` is f', ``inflections`` the points where f' has its local extremes.
-    ``units`` bounds the error of the float evaluation in units of u max(|f|, |s f'|, scale).
+    ``formula`` is f with its derivatives; ``extrema`` and ``inflections`` are the points, to 1e-8, where f and f' have
+    their local extremes. ``units`` bounds the error of the float evaluation in units of u max(|f|, |s f'|).
     """
 
+    extrema: tuple[float, ...] = ()
     inflections: tuple[float, ...] = ()
-    monotone: bool = True
     units: float = 16.0
 
     @abstractmethod
     def formula(self) -> Formula:
-        """Return f, f'' and the bound of |f'''|."""
-
-    @abstractmethod
-    def slope(self, s: Tensor) -> Tensor:
-        """Return f'(s) in float64."""
+        """Return f with its derivatives, in float64."""
 
     @classmethod
     def from_call(cls, call: Call) -> ClosedForm:
@@ -100,27 +102,20 @@ class ClosedForm(Smooth):
         return self.formula()
 
     def range(self, z: Interval) -> Interval:
-        if not self.monotone:
-            return super().range(z)  # the branch and bound
-        value, dtype = self.formula().value, z.lower.dtype
-        low, up = value(z.lower.double()), value(z.upper.double())
+        """f is monotone between its extrema, so the ends and the extrema inside decide."""
+        z64 = Interval(z.lower.double().clamp(min=-1e300), z.upper.double().clamp(min=-1e300))  # 0 times inf is NaN
+        low, up = _extremes(self.formula().value, z64, self.extrema)
+        dtype, pad = z.lower.dtype, 1e-14 if self.extrema else 1e-300  # f is flat at its extrema
         return Interval(
-            round_down(low - FLOAT64_ERROR * low.abs() - 1e-300, dtype),
-            round_up(up + FLOAT64_ERROR * up.abs() + 1e-300, dtype),
+            round_down(low - FLOAT64_ERROR * low.abs() - pad, dtype),
+            round_up(up + FLOAT64_ERROR * up.abs() + pad, dtype),
         )
 
     def slope_range(self, z: Interval) -> Interval:
-        """[m, M] of f' over z: f' is monotone between its inflections, so ends and inflections inside decide."""
-        lower, upper = (end.double().clamp(-1e4, 1e4) for end in (z.lower, z.upper))
-        points = [
-            lower,
-            upper,
-            *(torch.minimum(torch.maximum(lower, lower.new_tensor(c)), upper) for c in self.inflections),
-        ]
-        slopes = torch.stack([self.slope(point) for point in points])
-        pad = 1e-11  # rounding, and inflections that are known to 1e-7 only
-        dtype = z.lower.dtype
-        return Interval(round_down(slopes.amin(0) - pad, dtype), round_up(slopes.amax(0) + pad, dtype))
+        """[m, M] of f': it is monotone between its inflections, so the ends and the inflections inside decide."""
+        near = Interval(z.lower.double().clamp(-1e4, 1e4), z.upper.double().clamp(-1e4, 1e4))
+        low, up = _extremes(self.formula().first, near, self.inflections)
+        return Interval(round_down(low - 1e-11, z.lower.dtype), round_up(up + 1e-11, z.lower.dtype))
 
     def rounding_error(self, z: Interval) -> Tensor:
         """A few units in the last place of the largest intermediate: |f|, and the argument's own rounding |s f'|."""
@@ -129,50 +124,57 @@ class ClosedForm(Smooth):
         return self.units * unit_roundoff(z.lower.dtype) * torch.maximum(value, reach) + torch.finfo(z.lower.dtype).tiny
 
 
+def _extremes(f: Callable[[Tensor], Tensor], z: Interval, points: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Return min and max of f over the ends of z and the ``points``, moved into z."""
+    inside = [torch.minimum(z.upper, z.lower.clamp(min=point)) for point in points]
+    values = torch.stack([f(point) for point in (z.lower, z.upper, *inside)])
+    return values.amin(0), values.amax(0)
+
+
+def _sigmoid_slope(s: Tensor) -> Tensor:
+    y = torch.sigmoid(s)
+    return y * (1 - y)
+
+
 def _sigmoid_second(s: Tensor) -> Tensor:
     y = torch.sigmoid(s)
-    return y * torch.sigmoid(-s) * (1 - 2 * y)
+    return y * (1 - y) * (1 - 2 * y)
 
 
 @register_activation(nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid")
 class Sigmoid(ClosedForm):
-    """1 / (1 + exp(-x)); |f'''| <= min(1/8, exp(-|x|))."""
+    """1 / (1 + exp(-x)) = y; |f''''| = |d (1 - 2 y) (1 - 12 d)| <= min(0.128, exp(-|x|)), d = y (1 - y)."""
 
     inflections = (0.0,)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sigmoid(x)
 
-    def slope(self, s: Tensor) -> Tensor:
-        return torch.sigmoid(s) * torch.sigmoid(-s)
-
     def formula(self) -> Formula:
-        return Formula(torch.sigmoid, _sigmoid_second, lambda r, _: torch.exp(-r).clamp(max=0.125))
+        return Formula(torch.sigmoid, _sigmoid_slope, _sigmoid_second, lambda r, _: torch.exp(-r).clamp(max=0.128))
 
 
 @register_activation(nn.Tanh, torch.tanh, F.tanh, "tanh")
 class Tanh(ClosedForm):
-    """tanh; |f'''| <= min(2, 16 exp(-2 |x|))."""
+    """tanh(x) = 2 sigmoid(2 x) - 1; |f''''| <= 32 min(0.128, exp(-2 |x|))."""
 
     inflections = (0.0,)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x)
 
-    def slope(self, s: Tensor) -> Tensor:
-        return 1 / torch.cosh(s.clamp(-300, 300)).square()
-
     def formula(self) -> Formula:
         return Formula(
             torch.tanh,
-            lambda s: -2 * torch.tanh(s) * self.slope(s),
-            lambda r, _: (16 * torch.exp(-2 * r)).clamp(max=2.0),
+            lambda s: 4 * _sigmoid_slope(2 * s),
+            lambda s: -8 * torch.tanh(s) * _sigmoid_slope(2 * s),
+            lambda r, _: 32 * torch.exp(-2 * r).clamp(max=0.128),
         )
 
 
 @register_activation(nn.Softplus, F.softplus)
 class Softplus(ClosedForm):
-    """log(1 + exp(b x)) / b; |f'''| <= b^2 min(0.0963, exp(-b |x|)).
+    """log(1 + exp(b x)) / b; |f''''| <= b^3 min(1/8, exp(-b |x|)).
 
     torch returns x itself above its threshold; ``rounding_error`` holds that difference, exp(-threshold) / b.
     """
@@ -196,15 +198,13 @@ class Softplus(ClosedForm):
     def forward(self, x: Tensor) -> Tensor:
         return F.softplus(x, self.beta, self.threshold)
 
-    def slope(self, s: Tensor) -> Tensor:
-        return torch.sigmoid(self.beta * s)
-
     def formula(self) -> Formula:
         b = self.beta
         return Formula(
             lambda s: (s * b).clamp(min=0) / b + torch.log1p(torch.exp(-(s * b).abs())) / b,
-            lambda s: b * torch.sigmoid(b * s) * torch.sigmoid(-b * s),
-            lambda r, _: b * b * torch.exp(-b * r).clamp(max=0.0963),
+            lambda s: torch.sigmoid(b * s),
+            lambda s: b * _sigmoid_slope(b * s),
+            lambda r, _: b**3 * torch.exp(-b * r).clamp(max=0.125),
         )
 
     def rounding_error(self, z: Interval) -> Tensor:
@@ -216,9 +216,9 @@ class Softplus(ClosedForm):
 
 @register_activation(nn.ELU, F.elu)
 class ELU(ClosedForm):
-    """x above 0, a (exp(x) - 1) below; a kink at 0 unless a = 1; |f'''| <= a exp(x) below 0.
+    """x above 0, a (exp(x) - 1) below; a kink at 0 unless a = 1; |f''''| <= a exp(x) below 0.
 
-    f'' at the kink is the left one, a too much for the cell [0, q] on its right; a / q in place of |f'''| returns it.
+    f'' at the kink is the left one, a too much for the cell [0, q] on its right, where q^2/8 (8 a / q^2) returns it.
     """
 
     inflections = (0.0,)
@@ -240,9 +240,6 @@ class ELU(ClosedForm):
     def forward(self, x: Tensor) -> Tensor:
         return F.elu(x, self.alpha)
 
-    def slope(self, s: Tensor) -> Tensor:
-        return torch.where(s > 0, 1.0, self.alpha * torch.exp(s.clamp(max=0)))
-
     def slope_range(self, z: Interval) -> Interval:
         found = super().slope_range(z)
         touches = z.upper >= 0
@@ -256,8 +253,13 @@ class ELU(ClosedForm):
         a = self.alpha
         return Formula(
             lambda s: torch.where(s > 0, s, a * torch.expm1(s.clamp(max=0))),
+            lambda s: torch.where(s > 0, 1.0, a * torch.exp(s.clamp(max=0))),
             lambda s: torch.where(s > 0, 0.0, a * torch.exp(s.clamp(max=0))),
-            lambda r, upper: torch.where(upper > 0, torch.where(r == 0, a / upper, 0.0), a * torch.exp(-r)),
+            lambda r, upper: torch.where(
+                upper > 0,
+                torch.where(r == 0, 8 * a / upper.clamp(min=1e-150).square(), 0.0),
+                a * torch.exp(-r),
+            ),
             (0.0,),
         )
 
@@ -268,31 +270,29 @@ class ELU(ClosedForm):
 
 @register_activation(nn.SiLU, F.silu)
 class SiLU(ClosedForm):
-    """x sigmoid(x), also called Swish; f''' = 3 s'' + x s''' with s the sigmoid, so |f'''| <= (3 + |x|) exp(-|x|)."""
+    """x s(x), s the sigmoid, also called Swish; |f''''| = |4 s''' + x s''''| <= min(0.501, (4 + |x|) exp(-|x|))."""
 
+    extrema = (-1.27846454276107,)
     inflections = (-2.399357280520, 2.399357280520)
-    monotone = False
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(x)
 
-    def slope(self, s: Tensor) -> Tensor:
-        return torch.sigmoid(s) * (1 + s * torch.sigmoid(-s))
-
     def formula(self) -> Formula:
         return Formula(
             lambda s: s * torch.sigmoid(s),
-            lambda s: 2 * torch.sigmoid(s) * torch.sigmoid(-s) + s * _sigmoid_second(s),
-            lambda r, _: ((3 + r) * torch.exp(-r)).clamp(max=0.67),
+            lambda s: torch.sigmoid(s) * (1 + s * torch.sigmoid(-s)),
+            lambda s: 2 * _sigmoid_slope(s) + s * _sigmoid_second(s),
+            lambda r, _: ((4 + r) * torch.exp(-r)).clamp(max=0.501),
         )
 
 
 @register_activation(nn.GELU, F.gelu)
 class GELU(ClosedForm):
-    """x Phi(x) with the normal distribution Phi; f''' = phi(x) (x^3 - 4 x), at most 0.7788."""
+    """x Phi(x) with the normal distribution Phi; f'''' = phi(x) (7 x^2 - 4 - x^4), at most 1.596."""
 
+    extrema = (-0.751791524693565,)
     inflections = (-math.sqrt(2), math.sqrt(2))
-    monotone = False
     units = 32.0
 
     @classmethod
@@ -308,14 +308,13 @@ class GELU(ClosedForm):
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(x)
 
-    def slope(self, s: Tensor) -> Tensor:
-        return 0.5 * torch.special.erfc(-s / math.sqrt(2)) + s * _normal(s)
-
     def formula(self) -> Formula:
         return Formula(
             lambda s: 0.5 * s * torch.special.erfc(-s / math.sqrt(2)),
+            lambda s: 0.5 * torch.special.erfc(-s / math.sqrt(2)) + s * _normal(s),
             lambda s: _normal(s) * (2 - s.square()),
-            lambda r, _: torch.where(r > 1.25, (r.pow(3) + 4 * r) * _normal(r), 0.78).clamp(max=0.78),
+            # r^4 + 7 r^2 + 4 times the density falls beyond sqrt(2)
+            lambda r, _: torch.where(r > 1.5, (r.pow(4) + 7 * r.square() + 4) * _normal(r), 1.596).clamp(max=1.596),
         )
 
     def rounding_error(self, z: Interval) -> Tensor:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from certify.enclosures import Interval
 from certify.errors import InvalidInput
 from certify.rounding import gamma as roundings
-from models import KAF, mlp
+from models import KAF, KAFFacts, mlp
 from models.gaussian import gaussian_sum
+from models.kaf_table import Gaussians, Table
 
 
 def definition(kaf: KAF, x: Tensor) -> Tensor:
@@ -204,6 +206,48 @@ def test_the_reference_network_computes_its_published_logits() -> None:
     with torch.no_grad():
         logits = net(torch.from_numpy(images).float() / 255)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fine", [4, 192])
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_table_is_within_its_errors_of_the_sum_and_they_are_small(
+    order: int, fine: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.kaf_table.FINE", fine)
+    torch.manual_seed(4)
+    kaf = KAF(3, init="elu")
+    with torch.no_grad():
+        kaf.alpha.add_(0.1 * torch.randn(kaf.alpha.shape))
+    alpha, dictionary, gamma = kaf.gaussian()
+    f = Gaussians(alpha.double(), dictionary.double(), float(gamma))
+    s = torch.cat([torch.linspace(-14, 14, 30_001, dtype=torch.float64), torch.tensor([-1e9, 1e9]).double()])
+    for channel in range(3):
+        table = Table.of(f, order).at(torch.full_like(s, channel, dtype=torch.long))
+        y, second, error, blur = table.values(s[None])
+        assert bool(((y[0] - f.derivative(order, s)[channel]).abs() <= error).all())
+        assert bool(((second[0] - f.derivative(order + 2, s)[channel]).abs() <= blur).all())
+        assert bool((f.derivative(order + 4, s)[channel].abs() <= table.fourth(s, s)).all())
+        assert float(error.max()) <= (1e-9 if fine == 192 else 1e-2)
+
+
+def test_ranges_of_values_and_slopes_are_attained() -> None:
+    torch.manual_seed(5)
+    facts = KAFFacts(KAF(6).eval().double(), None, 1)
+    low = 3 * torch.randn(200, 6, dtype=torch.float64)
+    z = Interval(low, low + 0.03 + 3 * torch.rand(200, 6, dtype=torch.float64) ** 3)
+    found, slopes = facts.range(z), facts.slope_range(z)
+    s = z.lower + torch.linspace(0, 1, 4001, dtype=torch.float64).view(-1, 1, 1) * z.width
+    y = facts.forward(s.flatten(0, 1)).view(s.shape)
+    assert bool(((y >= found.lower) & (y <= found.upper)).all())
+    torch.testing.assert_close(found.lower, y.amin(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.upper, y.amax(0), rtol=0, atol=1e-5)
+    steep = y.diff(dim=0) / (z.width / 4000)
+    torch.testing.assert_close(slopes.lower, steep.amin(0), rtol=0, atol=1e-2)
+    torch.testing.assert_close(slopes.upper, steep.amax(0), rtol=0, atol=1e-2)
+    line = Interval(torch.full((1, 6), -torch.inf).double(), torch.full((1, 6), torch.inf).double())
+    for whole, part in ((facts.range(line), found), (facts.slope_range(line), slopes)):
+        assert bool(torch.isfinite(whole.magnitude).all())
+        assert bool(((whole.lower <= part.lower) & (whole.upper >= part.upper)).all())
 
 
 def test_refuses_a_wrong_channel_count() -> None:
