@@ -47,12 +47,18 @@ class Frame:
 
     def pad_from(self, A: Tensor, inner: Frame) -> Tensor:
         """Return coefficients on the windows ``inner``, which lie inside these, on these windows."""
-        if inner == self:
-            return A
-        pads: list[int] = []
+        return A if inner == self else F.pad(A, self._margins(inner))
+
+    def crop_to(self, A: Tensor, inner: Frame) -> Tensor:
+        """Return the part of these windows that the windows ``inner`` cover."""
+        return A if inner == self else F.pad(A, [-margin for margin in self._margins(inner)])
+
+    def _margins(self, inner: Frame) -> list[int]:
+        """What these windows have before and after ``inner``, last axis first."""
+        margins: list[int] = []
         for a, m, b, n in zip(self.shift, self.size, inner.shift, inner.size, strict=True):
-            pads = [b - a, (a + m) - (b + n), *pads]
-        return F.pad(A, pads)
+            margins = [b - a, (a + m) - (b + n), *margins]
+        return margins
 
     def cut(self, values: Tensor, sample: Int[Tensor, "rows"], position: Int[Tensor, "rows dims"]) -> Tensor:
         """Return the windows of ``values`` [batch, ..., *map]: [rows, ..., *size], zero outside the map.

@@ -117,6 +117,10 @@ class Affine(Rule):
     def pull_window(self, A: Tensor, relaxation: Relaxation | None) -> Pulled:
         return self.pull_back(A, relaxation)
 
+    def push_window(self, *xs: Tensor) -> Tensor:
+        """Return what ``pull_window`` is the adjoint of: W x on windows."""
+        return self.linear(*xs)
+
     def rounding_error(self, *zs: Interval) -> Tensor | None:
         """(gamma_{fan-in + 1} + gamma_{fan-out + 8}) (|W| |z| + |b|) + underflow.
 

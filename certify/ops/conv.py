@@ -99,6 +99,9 @@ class Conv(Affine):
         )
         return (transposed.unflatten(0, A.shape[:2]),), None
 
+    def push_window(self, *xs: Tensor) -> Tensor:
+        return _CONV[self.dims](xs[0], self.weight, None, self.stride, 0, self.dilation, self.groups)
+
 
 def _phases(weight: Tensor, stride: tuple[int, ...]) -> Tensor:
     """Return the kernel [channels * stride^2, filters, *taps] of ``Conv._by_phases``.

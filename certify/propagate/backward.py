@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from certify.enclosures import Interval, Relaxation
@@ -54,7 +54,7 @@ class Groups:
         return whole.flatten(1, 2)
 
     def scatter(self, constant: Tensor) -> Tensor:
-        """[groups, width * k] -> [rows, k]."""
+        """[groups, width * k, ...] -> [rows, k, ...]."""
         return constant.unflatten(1, (self.width, -1))[self.group, self.slot]
 
 
@@ -78,7 +78,7 @@ class Rows:
 
     def start(self, name: str, A: Float[Tensor, "rows 1 *shape"]) -> None:
         """Start with coefficients over the values of a node."""
-        self.add(name, A if self.groups is None or name in self.frames else self.groups.gather(A))
+        self.add(name, self.laid(name, A))
         self.settle_rider(name, self.pending[name])
 
     def add(self, name: str, A: Tensor) -> None:
@@ -96,12 +96,12 @@ class Rows:
 
     def shift(self, name: str, constant: Tensor) -> None:
         """Add constants, laid out as the coefficients over ``name`` are, to the offsets."""
-        constant = self._flat(name, constant)
+        constant = self.flat(name, constant)
         self.offset, self.size = self.offset + constant, self.size + constant.abs()
 
     def lose(self, name: str, amount: Tensor) -> None:
         """Give up ``amount`` >= 0 of every row, whatever its sign."""
-        self.loss = self.loss + self._flat(name, amount)
+        self.loss = self.loss + self.flat(name, amount)
 
     def settle_rider(self, name: str, A: Tensor) -> None:
         """Turn coefficients over the values of ``name`` into some over their pulled-back parts."""
@@ -117,7 +117,7 @@ class Rows:
         rule, windowed = node.rule, node.name in self.frames
         if not rule.affine:
             self._split()
-            lines = self._lines(node) if lines is None else lines
+            lines = self.lines(node) if lines is None else lines
         A = self.pending.pop(node.name)
         pulled, constant = rule.pull_window(A, lines) if windowed else rule.pull_back(A, lines)
         if constant is not None:
@@ -140,11 +140,6 @@ class Rows:
             ends = (self.of_sample(name, end)[:, 0] for end in (hull.lower, hull.upper))
             self.shift(name, box_infimum(A, Interval(*ends)))
             return
-        if name in self.frames:
-            assert self.position is not None
-            A = self.frames[name].spread(A, self.position, self.knowledge.graph.shape(name)[1:])
-            self.frames = {}
-            A = A if self.groups is None else self.groups.gather(A)
         own = domain.take(self.sample if self.groups is None else self.groups.sample)
         self.shift(name, own.infimum_rows(A))
 
@@ -165,11 +160,16 @@ class Rows:
         self.loss, self.size = self.loss.repeat(1, 2), self.size.repeat(1, 2)
         self.split = True
 
-    def _flat(self, name: str, constant: Tensor) -> Tensor:
-        """Lay out as [rows, k] what comes as the coefficients over ``name`` stand."""
-        return constant if self.groups is None or name in self.frames else self.groups.scatter(constant)
+    def flat(self, name: str, values: Tensor) -> Tensor:
+        """Lay out as [rows, k, ...] what comes as the coefficients over ``name`` stand."""
+        return values if self.groups is None or name in self.frames else self.groups.scatter(values)
 
-    def _lines(self, node: Node) -> Relaxation:
+    def laid(self, name: str, values: Tensor) -> Tensor:
+        """Lay out [rows, k, ...] as the coefficients over ``name`` stand."""
+        return values if self.groups is None or name in self.frames else self.groups.gather(values)
+
+    def lines(self, node: Node) -> Relaxation:
+        """Return a node's lines as the coefficients over it need them."""
         r = self.knowledge.lines(node)
         parts = (r.lower_slope, r.lower_offset, r.upper_slope, r.upper_offset)
         if node.name in self.frames:
@@ -182,14 +182,29 @@ class Rows:
         assert reached is not None
         assert self.position is not None
         if name not in self.frames:
-            whole = reached.spread(A, self.position, shape[1:])
-            return whole if self.groups is None else self.groups.gather(whole)
-        A = self.frames[name].pad_from(A, reached)
+            return self.laid(name, reached.spread(A, self.position, shape[1:]))
+        return self._inside(node, name, self.frames[name].pad_from(A, reached))
+
+    def unfit(self, node: Node, name: str, v: Tensor) -> Tensor:
+        """The adjoint of what ``step`` does between the windows of ``node`` and the coefficients over ``name``."""
+        if node.name not in self.frames:
+            return v
+        reached = node.rule.reach(self.frames[node.name])
+        assert reached is not None
+        assert self.position is not None
+        if name not in self.frames:
+            every = torch.arange(len(self.sample), device=v.device)
+            return reached.cut(self.flat(name, v)[:, 0], every, self.position)[:, None]
+        return self.frames[name].crop_to(self._inside(node, name, v), reached)
+
+    def _inside(self, node: Node, name: str, A: Tensor) -> Tensor:
+        """Let nothing leak into an affine map from beyond its edge; lines and boxes are zero there anyway."""
         source = self.knowledge.graph.nodes.get(name)
-        if source is not None and source.rule.affine and reached != self.frames[node.name]:
-            inside = A.new_ones(1, 1, *shape[1:])  # nothing may leak in from beyond the edge
-            A = A * self.frames[name].cut(inside, self.sample, self.position)[:, None]
-        return A
+        if source is None or not source.rule.affine or node.rule.reach(self.frames[node.name]) == self.frames[node.name]:
+            return A
+        assert self.position is not None
+        inside = A.new_ones(1, 1, *self.knowledge.graph.shape(name)[1:])
+        return A * self.frames[name].cut(inside, self.sample, self.position)[:, None]
 
 
 def plan_windows(graph: Graph, start: str) -> dict[str, Frame]:
@@ -237,55 +252,81 @@ def bound_rows(rows: Rows, *, relax: bool = True) -> Interval:
     return rows.result()
 
 
+def claim_rows(knowledge: Knowledge, A: Float[Tensor, "rows outputs"], sample: Int[Tensor, "rows"]) -> Rows:
+    """Return rows <A, y> over the outputs y of the graph, for lower bounds."""
+    graph = knowledge.graph
+    rows = Rows(knowledge, sample, both=False, groups=Groups.of(sample))
+    rows.start(graph.output, A.to(graph.dtype).view(len(A), 1, *graph.shape(graph.output)))
+    return rows
+
+
 def bound_claim(knowledge: Knowledge, C: Float[Tensor, "batch rows outputs"], *, relax: bool = True) -> Tensor:
     """Return lower bounds [batch, rows], float64, of C y for y the outputs of the graph."""
-    graph, (batch, count, _) = knowledge.graph, C.shape
-    sample = torch.arange(batch, device=C.device).repeat_interleave(count)
-    A = C.to(graph.dtype).reshape(batch * count, 1, *graph.shape(graph.output))
+    sample = torch.arange(len(C), device=C.device).repeat_interleave(C.shape[1])
     bound = torch.empty(len(sample), dtype=torch.float64, device=C.device)
-    for block in _blocks(sample, _most(graph, {}, 1)):
-        rows = Rows(knowledge, sample[block], both=False, groups=Groups.of(sample[block]))
-        rows.start(graph.output, A[block])
-        bound[block] = bound_rows(rows, relax=relax).lower
-    return bound.view(batch, count)
+    for block in blocks(sample, most_rows(knowledge.graph, {})):
+        bound[block] = bound_rows(claim_rows(knowledge, C.flatten(0, 1)[block], sample[block]), relax=relax).lower
+    return bound.view(C.shape[:2])
 
 
-def bound_neurons(knowledge: Knowledge, node: Node, wanted: Tensor) -> Interval:
-    """Return CROWN bounds [n], float64, of the outputs of ``node`` where the mask ``wanted`` [batch, *shape] is set."""
-    sample, neuron = wanted.flatten(1).nonzero(as_tuple=True)
-    frames = plan_windows(knowledge.graph, node.name)
-    lower, upper = torch.empty(2, len(sample), dtype=torch.float64, device=sample.device)
-    for block in _blocks(sample, _most(knowledge.graph, frames, 2), grouped=INPUT not in frames):
-        found = bound_rows(_neuron_rows(knowledge, node, frames, sample[block], neuron[block]))
+@dataclass(frozen=True, eq=False)
+class Neurons:
+    """Outputs of one node: flat positions ``neuron`` in the maps of the samples ``sample``, sorted by sample."""
+
+    knowledge: Knowledge
+    node: Node
+    sample: Int[Tensor, "rows"]
+    neuron: Int[Tensor, "rows"]
+    frames: dict[str, Frame]
+
+    @classmethod
+    def of(cls, knowledge: Knowledge, node: Node, wanted: Bool[Tensor, "batch *shape"]) -> Neurons:
+        """Those where the mask ``wanted`` is set."""
+        frames = plan_windows(knowledge.graph, node.name)
+        if not knowledge.domain.is_box:
+            frames.pop(INPUT, None)
+        return cls(knowledge, node, *wanted.flatten(1).nonzero(as_tuple=True), frames)
+
+    def rows(self, index: Int[Tensor, "some"], sign: Tensor | None = None) -> Rows:
+        """Return the rows of some neurons, for both bounds, or for the lower bound of ``sign`` times each."""
+        sample, neuron, shape = self.sample[index], self.neuron[index], self.node.shape
+        rows = Rows(self.knowledge, sample, both=sign is None, frames=self.frames, groups=Groups.of(sample))
+        if self.node.name in self.frames:
+            channels, *space = shape
+            rows.position = torch.stack(torch.unravel_index(neuron % math.prod(space), tuple(space)), 1)
+            neuron, shape = neuron // math.prod(space), (channels, *[1] * len(space))
+        A = torch.zeros(len(index), 1, *shape, dtype=self.knowledge.graph.dtype, device=index.device)
+        A.flatten(1)[torch.arange(len(index), device=index.device), neuron] = 1 if sign is None else sign.to(A.dtype)
+        rows.start(self.node.name, A)
+        return rows
+
+    def blocks(self, most: int) -> Iterator[Tensor]:
+        """Yield the rows in blocks."""
+        return blocks(self.sample, most, grouped=self.knowledge.entry not in self.frames)
+
+
+def bound_neurons(knowledge: Knowledge, node: Node, wanted: Bool[Tensor, "batch *shape"]) -> Interval:
+    """Return CROWN bounds [n], float64, of the outputs of ``node`` where the mask ``wanted`` is set."""
+    neurons = Neurons.of(knowledge, node, wanted)
+    lower, upper = torch.empty(2, len(neurons.sample), dtype=torch.float64, device=neurons.sample.device)
+    for block in neurons.blocks(most_rows(knowledge.graph, neurons.frames) // 2):
+        found = bound_rows(neurons.rows(block))
         lower[block], upper[block] = found.lower, found.upper
     return Interval(step_down(lower), step_up(upper))
 
 
-def _neuron_rows(knowledge: Knowledge, node: Node, frames: dict[str, Frame], sample: Tensor, neuron: Tensor) -> Rows:
-    """Rows that start at single outputs (flat positions ``neuron``) of a node."""
-    rows = Rows(knowledge, sample, both=True, frames=frames, groups=Groups.of(sample))
-    count, dtype = torch.arange(len(sample), device=sample.device), knowledge.graph.dtype
-    if node.name not in frames:
-        A = torch.zeros(len(sample), 1, *node.shape, dtype=dtype, device=sample.device)
-        A.flatten(1)[count, neuron] = 1
-    else:
-        channels, *space = node.shape
-        rows.position = torch.stack(torch.unravel_index(neuron % math.prod(space), tuple(space)), 1)
-        A = torch.zeros(len(sample), 1, channels, *[1] * len(space), dtype=dtype, device=sample.device)
-        A.flatten(1)[count, neuron // math.prod(space)] = 1
-    rows.start(node.name, A)
-    return rows
+def most_rows(graph: Graph, frames: dict[str, Frame], copies: int = 1) -> int:
+    """How many rows a block may have: by the widest whole map, or the widest window with the lines cut for it.
 
-
-def _most(graph: Graph, frames: dict[str, Frame], sides: int) -> int:
-    """How many rows a block may have: by the widest whole map, or the widest window with the lines cut for it."""
+    ``copies`` is how many more tensors of all maps are kept per row than a single pull back needs.
+    """
     whole = [math.prod(graph.shape(name)) for name in (INPUT, *graph.nodes) if name not in frames]
     cut = [graph.shape(name)[0] * math.prod(frame.size) * 3 for name, frame in frames.items()]
     widest = max(cut if INPUT in frames else [*whole, *cut])
-    return max(1, block_bytes(graph.device) // (sides * widest * graph.dtype.itemsize))
+    return max(1, block_bytes(graph.device) // (copies * widest * graph.dtype.itemsize))
 
 
-def _blocks(sample: Int[Tensor, "rows"], most: int, *, grouped: bool = True) -> Iterator[Tensor]:
+def blocks(sample: Int[Tensor, "rows"], most: int, *, grouped: bool = True) -> Iterator[Tensor]:
     """Yield the rows in blocks of about ``most``; grouped ones hold samples with about as many rows each."""
     if not grouped:
         yield from torch.arange(len(sample), device=sample.device).split(most)

@@ -1,4 +1,4 @@
-"""alpha-CROWN: the slope of every activation's line, per row and neuron, is optimised for the row's own bound.
+"""Optimising the slope of every activation's line, per row and neuron, for the row's own bound.
 
 With the intervals of the nodes fixed, a row's bound is a function of its slopes, and its gradient needs no recorded
 graph: the derivative of the bound by the coefficients of a node is the value that the worst input x* gives there,
@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float64, Int
 from torch import Tensor
 
 from certify.enclosures import Relaxation
@@ -24,7 +25,6 @@ from certify.graph import INPUT, Node
 from certify.ops.base import Affine, Elementwise
 from certify.propagate.backward import Rows
 from certify.propagate.state import Knowledge
-from certify.rounding import unit_roundoff
 
 MOMENTS = (0.9, 0.999)  # of Adam
 DECAY = 0.98  # of the step length, per step
@@ -32,46 +32,39 @@ DECAY = 0.98  # of the step length, per step
 
 @dataclass
 class Side:
-    """One side of an activation's fan for rows of their own: ``place`` [rows, *shape] in [0, 1], with Adam's moments.
+    """One side of an activation's fan, and where in it each row's line stands: ``place`` in [0, 1], with Adam's moments.
 
-    ``slope`` and ``offset`` [K, batch, *shape] are those of the fan; None of a fan that is one line has a place.
+    ``slope`` and ``offset`` [K, groups, 1, *shape] are the fan's, laid out for the rows; ``place`` is
+    [groups, rows, *shape]. A fan of equal lines (above a ReLU) is ``fixed``.
     """
 
     slope: Tensor
     offset: Tensor
     place: Tensor
-    first: Tensor = field(init=False)
-    second: Tensor = field(init=False)
+    fixed: bool
 
     def __post_init__(self) -> None:
         self.first, self.second = torch.zeros_like(self.place), torch.zeros_like(self.place)
-        self.fixed = bool((self.slope == self.slope[:1]).all() & (self.offset == self.offset[:1]).all())
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but those."""
-        self.place, self.first, self.second = self.place[rows], self.first[rows], self.second[rows]
-
-    def at(self, sample: Int[Tensor, "rows"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def line(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return slope and offset of every row's line, and their derivatives by the place."""
         steps = len(self.slope) - 1
         if self.fixed:
-            slope, offset = self.slope[0][sample], self.offset[0][sample]
-            return slope, offset, torch.zeros_like(slope), torch.zeros_like(slope)
+            return self.slope[0], self.offset[0], self.slope[0], self.offset[0]
         if steps == 1:
-            (s0, s1), (o0, o1), weight = self.slope[:, sample], self.offset[:, sample], self.place
+            (s0, s1), (o0, o1), weight = self.slope, self.offset, self.place
         else:
             place = self.place * steps
-            k = place.floor().clamp(max=steps - 1)
-            weight, size, (_, batch) = place - k, self.slope[0, 0].numel(), self.slope.shape[:2]
-            row = (k.long() * batch + sample.view(-1, *[1] * (k.ndim - 1))) * size
-            index = row + torch.arange(size, device=k.device).view(k.shape[1:])
-            (s0, s1), (o0, o1) = ((v.take(index), v.take(index + batch * size)) for v in (self.slope, self.offset))
-        return torch.lerp(s0, s1, weight), torch.lerp(o0, o1, weight), (s1 - s0) * steps, (o1 - o0) * steps
+            k = place.floor().clamp_(max=steps - 1)
+            weight, stride = place - k, self.slope[0].numel()
+            index = torch.arange(stride, device=k.device).view(self.slope.shape[1:]) + k.long() * stride
+            s0, s1, o0, o1 = (v.take(i) for v in (self.slope, self.offset) for i in (index, index + stride))
+        ds, do = s1 - s0, o1 - o0
+        slope, offset = torch.addcmul(s0, weight, ds), torch.addcmul(o0, weight, do)
+        return (slope, offset, ds, do) if steps == 1 else (slope, offset, ds * steps, do * steps)
 
     def climb(self, gradient: Tensor, step: int, length: float) -> None:
-        """One step of Adam upwards, projected to [0, 1]."""
-        if self.fixed:
-            return
+        """Take one step of Adam upwards, projected to [0, 1]."""
         a, b = MOMENTS
         self.first.lerp_(gradient, 1 - a)
         self.second.mul_(b).addcmul_(gradient, gradient, value=1 - b)
@@ -81,135 +74,145 @@ class Side:
 
 @dataclass
 class Tape:
-    """What one pull back leaves: per activation the coefficients [rows, *shape] and both lines with derivatives."""
+    """What one pull back leaves for the push forward: coefficients [groups, rows, *shape] and the lines they chose."""
 
-    entry: Tensor
+    rows: Rows
     coefficients: dict[str, Tensor] = field(default_factory=dict)
-    lines: dict[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = field(default_factory=dict)
-    others: dict[str, tuple[Tensor, Relaxation]] = field(default_factory=dict)
+    lines: dict[str, tuple[tuple[Tensor, ...], ...]] = field(default_factory=dict)  # of two Sides: lower, upper
+
+
+class Climb:
+    """The slopes of a block of rows: ``pull`` bounds the rows with them, ``step`` improves them."""
+
+    def __init__(self, knowledge: Knowledge) -> None:
+        self.knowledge = knowledge
+        self.sides: dict[str, tuple[Side, Side]] = {}
+
+    def pull(self, rows: Rows) -> tuple[Float64[Tensor, "rows"], Tape]:
+        """Return the bounds of the rows with the present slopes, and what ``step`` needs."""
+        tape, graph, entry = Tape(rows), self.knowledge.graph, self.knowledge.entry
+        for name in reversed(graph.nodes):
+            if name == entry or name not in rows.pending:
+                continue
+            node, lines = graph.nodes[name], None
+            if isinstance(node.rule, Elementwise):
+                if name not in self.sides:
+                    self.sides[name] = self._sides(node, rows)
+                low, up = (side.line() for side in self.sides[name])
+                lines, tape.lines[name] = Relaxation(*low[:2], *up[:2]), (low, up)
+            if not node.rule.affine:
+                tape.coefficients[name] = rows.pending[name]
+            rows.step(node, lines)
+        tape.coefficients[entry] = rows.pending[entry]
+        rows.settle(entry)
+        return rows.result().lower, tape
+
+    def step(self, tape: Tape, count: int, length: float) -> None:
+        """Push the worst input of every row forward and climb along the gradients that it meets."""
+        entry, rows = self.knowledge.entry, tape.rows
+        values = {entry: self._worst(rows, tape.coefficients[entry])}  # the pulled-back parts of the nodes' values
+        for node in self.knowledge.graph.nodes.values():
+            if node.name not in tape.coefficients and not node.rule.affine or node not in rows.visited:
+                continue
+            inputs = []
+            for name in node.inputs:
+                v = values[name]
+                constant = self.knowledge.rider(name).constant
+                if constant is not None and not (node.rule.carries or isinstance(node.rule, Elementwise)):
+                    v = v + rows.of_sample(name, constant.to(v.dtype))
+                inputs.append(rows.unfit(node, name, v))
+            if isinstance(node.rule, Elementwise):
+                values[node.name] = self._through(node.name, tape, inputs[0], count, length)
+            elif isinstance(node.rule, Affine):
+                push = node.rule.push_window if node.name in rows.frames else node.rule.linear
+                values[node.name] = push(*(v.flatten(0, 1) for v in inputs)).unflatten(0, inputs[0].shape[:2])
+            else:
+                values[node.name] = _derivative(node, tape.coefficients[node.name], rows.lines(node), inputs[0])
+
+    def keep(self, rest: Int[Tensor, "rows"], old: Rows, new: Rows) -> None:
+        """Go on with the rows ``rest`` of ``old``, which are those of ``new``."""
+        before, self.sides = self.sides, {}
+        for name, pair in before.items():
+            self.sides[name] = self._sides(self.knowledge.graph.nodes[name], new)
+            for side, was in zip(self.sides[name], pair, strict=True):
+                if not side.fixed:
+                    for part in ("place", "first", "second"):
+                        setattr(side, part, new.laid(name, old.flat(name, getattr(was, part))[rest]))
+
+    def _sides(self, node: Node, rows: Rows) -> tuple[Side, Side]:
+        """Both sides of a node's fan for these rows, which start from the lines of smallest area."""
+        lines, *starts = self.knowledge.fan(node)
+        sides = []
+        for slope, offset, start in zip(
+            (lines.lower_slope, lines.upper_slope), (lines.lower_offset, lines.upper_offset), starts, strict=True
+        ):
+            slope, offset = (
+                rows.of_sample(node.name, part.transpose(0, 1)).movedim(2, 0).contiguous() for part in (slope, offset)
+            )
+            fixed = bool((slope == slope[:1]).all() & (offset == offset[:1]).all())
+            place = rows.of_sample(node.name, start)
+            sides.append(Side(slope, offset, place if fixed else place.expand_as(rows.pending[node.name]).clone(), fixed))
+        return sides[0], sides[1]
+
+    def _through(self, name: str, tape: Tape, v: Tensor, count: int, length: float) -> Tensor:
+        """Climb at one activation, and return the values of the lines that the rows chose."""
+        A, (low, up) = tape.coefficients[name], tape.lines[name]
+        chosen = (A >= 0).to(v.dtype)
+        value = torch.addcmul(torch.lerp(up[1], low[1], chosen), torch.lerp(up[0], low[0], chosen), v)
+        negative = A.clamp(max=0)
+        for side, part, line in zip(self.sides[name], (A - negative, negative), (low, up), strict=True):
+            if not side.fixed:
+                side.climb(part * torch.addcmul(line[3], line[2], v), count, length)
+        return value
+
+    def _worst(self, rows: Rows, A: Tensor) -> Tensor:
+        """The input at which the row's linear bound is attained."""
+        entry, domain = self.knowledge.entry, self.knowledge.domain
+        if entry != INPUT or domain.is_box:
+            hull, _ = self.knowledge.hull(entry)
+            lower, upper = (rows.of_sample(entry, end.to(A.dtype)) for end in (hull.lower, hull.upper))
+            return torch.lerp(upper, lower, (A > 0).to(A.dtype))
+        sample = rows.sample if rows.groups is None else rows.groups.sample
+        every = domain.take(sample.repeat_interleave(A.shape[1]))
+        return every.steepest(-A.flatten(0, 1)).unflatten(0, A.shape[:2])
+
+
+def _derivative(node: Node, A: Tensor, lines: Relaxation, v: Tensor) -> Tensor:
+    """d/dA of <pull_back(A), v>, for rules that are no activations (max-pooling)."""
+    with torch.enable_grad():
+        A = A.detach().requires_grad_()
+        (pulled,), constant = node.rule.pull_back(A, lines)
+        total = (pulled * v).sum() if constant is None else (pulled * v).sum() + constant.sum()
+        return torch.autograd.grad(total, A)[0]
 
 
 def optimize(
     knowledge: Knowledge,
-    name: str,
-    A: Float[Tensor, "rows 1 *shape"],
-    sample: Int[Tensor, "rows"],
+    start: Callable[[Int[Tensor, "rows"]], Rows],
+    count: int,
     *,
     steps: int,
     length: float,
-    goal: Float64[Tensor, "rows"],
+    goal: Float64[Tensor, "rows"] | None = None,
     deadline: float = math.inf,
 ) -> Float64[Tensor, "rows"]:
-    """Return lower bounds of <A, y>, y the values of node ``name``; rows stop above their ``goal``, all at the deadline."""
-    climb = _Climb(knowledge, sample)
-    best = torch.full((len(A),), -torch.inf, dtype=torch.float64, device=A.device)
-    active = torch.arange(len(A), device=A.device)
+    """Return lower bounds of ``count`` rows: each the best of ``steps`` steps after its first bound.
+
+    ``start(index)`` returns those rows at their first node. Rows stop above their ``goal``, all at the deadline.
+    """
+    active, climb = torch.arange(count, device=knowledge.graph.device), Climb(knowledge)
+    best = torch.full((count,), -torch.inf, dtype=torch.float64, device=active.device)
     for step in range(steps + 1):
-        found, tape = climb.pull(name, A[active])
+        found, tape = climb.pull(start(active))
         best[active] = torch.fmax(best[active], found)
-        rest = (best[active] <= goal[active]).nonzero()[:, 0]
-        if step == steps or len(rest) == 0 or time.monotonic() > deadline:
-            return best
-        gradients = climb.push(tape)
-        for side, gradient in gradients:
-            side.climb(gradient, step + 1, length)
-        if len(rest) < len(active):
-            active = active[rest]
-            climb.keep(rest)
+        if step == steps or time.monotonic() > deadline:
+            break
+        climb.step(tape, step + 1, length)
+        if goal is not None:
+            rest = (best[active] <= goal[active]).nonzero()[:, 0]
+            if len(rest) == 0:
+                break
+            if len(rest) < len(active):
+                active = active[rest]
+                climb.keep(rest, tape.rows, start(active))
     return best
-
-
-class _Climb:
-    """The slopes of a block of rows, one pull back and one push forward."""
-
-    def __init__(self, knowledge: Knowledge, sample: Tensor) -> None:
-        self.knowledge, self.sample = knowledge, sample
-        self.sides: dict[str, tuple[Side, Side]] = {}
-
-    def keep(self, rows: Tensor) -> None:
-        self.sample = self.sample[rows]
-        for pair in self.sides.values():
-            for side in pair:
-                side.keep(rows)
-
-    def pull(self, name: str, A: Tensor) -> tuple[Tensor, dict]:
-        k = self.knowledge
-        rows = Rows(k, self.sample, both=False)
-        rows.start(name, A)
-        tape: dict = {}
-        for node_name in reversed(k.graph.nodes):
-            if node_name == k.entry or node_name not in rows.pending:
-                continue
-            node = k.graph.nodes[node_name]
-            lines = None
-            if isinstance(node.rule, Elementwise):
-                low, up = (side.at(self.sample) for side in self._sides(node))
-                lines = Relaxation(*(part[:, None] for part in (low[0], low[1], up[0], up[1])))
-                tape[node_name] = rows.pending[node_name][:, 0], low, up
-            elif not node.rule.affine:
-                lines = rows._lines(node)
-                tape[node_name] = rows.pending[node_name], lines
-            rows.step(node, lines)
-        tape[k.entry] = rows.pending[k.entry][:, 0]
-        rows.settle(k.entry)
-        return rows.result().lower, tape
-
-    def push(self, tape: dict) -> list[tuple[Side, Tensor]]:
-        k, values = self.knowledge, {}
-        values[k.entry] = self._worst(tape[k.entry])
-        gradients = []
-        for node in k.graph.nodes.values():
-            if not all(source in values for source in node.inputs):
-                continue
-            inputs = [values[source] for source in node.inputs]
-            if isinstance(node.rule, Elementwise):
-                if node.name not in tape: continue
-                A, low, up = tape[node.name]
-                v = inputs[0]
-                negative = A.clamp(max=0)
-                positive = A - negative
-                low_side, up_side = self.sides[node.name]
-                if not low_side.fixed:
-                    gradients.append((low_side, positive * torch.addcmul(low[3], low[2], v)))
-                if not up_side.fixed:
-                    gradients.append((up_side, negative * torch.addcmul(up[3], up[2], v)))
-                mask = (A >= 0).to(v.dtype)
-                values[node.name] = torch.addcmul(torch.lerp(up[1], low[1], mask), torch.lerp(up[0], low[0], mask), v)
-            elif node.rule.affine:
-                rule = node.rule
-                if not rule.carries:
-                    inputs = [self._full(source) + v if self._full(source) is not None else v for source, v in zip(node.inputs, inputs)]
-                values[node.name] = rule.linear(*inputs)
-            else:
-                if node.name not in tape: continue
-                A, lines = tape[node.name]
-                c = self._full(node.inputs[0])
-                v = inputs[0] if c is None else inputs[0] + c
-                with torch.enable_grad():
-                    A = A.detach().requires_grad_()
-                    (pulled,), constant = node.rule.pull_back(A, lines)
-                    total = (pulled[:, 0] * v).sum() + constant.sum()
-                    values[node.name] = torch.autograd.grad(total, A)[0][:, 0]
-        return gradients
-
-    def _full(self, source):
-        c = self.knowledge.rider(source).constant
-        return None if c is None else (c if len(c) == 1 else c[self.sample]).to(self.knowledge.graph.dtype)
-
-    def _worst(self, A):
-        k = self.knowledge
-        if k.entry != INPUT or k.domain.is_box:
-            hull, _ = k.hull(k.entry)
-            lower, upper = (e[self.sample].to(A.dtype) for e in (hull.lower, hull.upper))
-            return torch.lerp(upper, lower, (A > 0).to(A.dtype))
-        return k.domain.take(self.sample).steepest(-A)
-
-    def _sides(self, node: Node) -> tuple[Side, Side]:
-        if node.name not in self.sides:
-            k = self.knowledge
-            fan = node.rule.facts.fan(*k.inputs(node))
-            r = k.absorb(node, Relaxation(fan.lower_slope, fan.lower_offset, fan.upper_slope, fan.upper_offset))
-            self.sides[node.name] = (
-                Side(r.lower_slope, r.lower_offset, fan.lower_start[self.sample].clone()),
-                Side(r.upper_slope, r.upper_offset, fan.upper_start[self.sample].clone()))
-        return self.sides[node.name]

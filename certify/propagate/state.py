@@ -46,6 +46,7 @@ class Knowledge:
     _errors: dict[str, Tensor | None] = field(default_factory=dict)
     _riders: dict[str, Rider] = field(default_factory=dict)
     _lines: dict[str, Relaxation] = field(default_factory=dict)
+    _fans: dict[str, tuple[Relaxation, Tensor, Tensor]] = field(default_factory=dict)
     _hulls: dict[str, tuple[Interval, Tensor | None]] = field(default_factory=dict)
     _underflows: dict[str, Tensor] = field(default_factory=dict)
 
@@ -108,6 +109,25 @@ class Knowledge:
             assert relaxation is not None
             self._lines[node.name] = self.absorb(node, relaxation)
         return self._lines[node.name]
+
+    def fan(self, node: Node) -> tuple[Relaxation, Tensor, Tensor]:
+        """Return the fan of an activation's lines [K, batch, *shape], with all absorbed, and where its best lines are.
+
+        The interpolation between two lines rounds by a few units of the larger one.
+        """
+        if node.name not in self._fans:
+            assert isinstance(node.rule, Elementwise)
+            fan = node.rule.facts.fan(*self.inputs(node))
+            r = self.absorb(node, Relaxation(fan.lower_slope, fan.lower_offset, fan.upper_slope, fan.upper_offset))
+            if self.rounds:
+                size, u = self.intervals[node.inputs[0]].magnitude, gamma(8, self.graph.dtype)
+                low, up = (
+                    (slope.abs().amax(0) * size + offset.abs().amax(0)) * u
+                    for slope, offset in ((r.lower_slope, r.lower_offset), (r.upper_slope, r.upper_offset))
+                )
+                r = Relaxation(r.lower_slope, r.lower_offset - low, r.upper_slope, r.upper_offset + up)
+            self._fans[node.name] = r, fan.lower_start, fan.upper_start
+        return self._fans[node.name]
 
     def absorb(self, node: Node, r: Relaxation) -> Relaxation:
         """Shift lines of ``node`` (with any leading dimensions) from values to pulled-back parts of values.
