@@ -21,6 +21,8 @@ from certify.errors import (
     UnsupportedOperation,
 )
 from certify.lipschitz import lipschitz_constant
+from certify.memory import options
+from certify.propagate.alpha import AlphaCROWN
 from certify.propagate.attribute import NodeBlame, explain
 from certify.propagate.methods import CROWN, IBP, CrownIBP
 from certify.registry import (
@@ -44,6 +46,7 @@ __all__ = [
     "CROWN",
     "IBP",
     "Activation",
+    "AlphaCROWN",
     "AttackResult",
     "Box",
     "Certificate",
@@ -74,6 +77,7 @@ __all__ = [
     "layer_bounds",
     "lipschitz_constant",
     "logit_sign",
+    "options",
     "output_band",
     "prove",
     "register_activation",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from certify.enclosures import Interval
 from certify.errors import InvalidInput
 from certify.graph import Graph, trace
+from certify.propagate.alpha import AlphaCROWN
 from certify.propagate.methods import BoundMethod, Propagation, resolve_method
 from certify.rounding import ieee, resolve_arithmetic, round_down, round_up
 from certify.sets import PerturbationSet
@@ -29,6 +33,8 @@ def bounds(
     Raises ``InvalidModel``, ``UnsupportedOperation`` or ``InvalidInput``.
     """
     chosen = resolve_method(method)
+    if isinstance(chosen, AlphaCROWN):
+        chosen = replace(chosen, goal=math.inf)  # values are wanted, not signs
     graph = prepare(model, domain)
     shape = graph.shape(graph.output)
     outputs = torch.Size(shape).numel()

@@ -200,7 +200,11 @@ class Rows:
     def _inside(self, node: Node, name: str, A: Tensor) -> Tensor:
         """Let nothing leak into an affine map from beyond its edge; lines and boxes are zero there anyway."""
         source = self.knowledge.graph.nodes.get(name)
-        if source is None or not source.rule.affine or node.rule.reach(self.frames[node.name]) == self.frames[node.name]:
+        if (
+            source is None
+            or not source.rule.affine
+            or node.rule.reach(self.frames[node.name]) == self.frames[node.name]
+        ):
             return A
         assert self.position is not None
         inside = A.new_ones(1, 1, *self.knowledge.graph.shape(name)[1:])
@@ -285,7 +289,8 @@ class Neurons:
         frames = plan_windows(knowledge.graph, node.name)
         if not knowledge.domain.is_box:
             frames.pop(INPUT, None)
-        return cls(knowledge, node, *wanted.flatten(1).nonzero(as_tuple=True), frames)
+        sample, neuron = wanted.flatten(1).nonzero(as_tuple=True)
+        return cls(knowledge, node, sample, neuron, frames)
 
     def rows(self, index: Int[Tensor, "some"], sign: Tensor | None = None) -> Rows:
         """Return the rows of some neurons, for both bounds, or for the lower bound of ``sign`` times each."""
@@ -300,8 +305,12 @@ class Neurons:
         rows.start(self.node.name, A)
         return rows
 
+    def ends(self, block: Int[Tensor, "neurons"], index: Int[Tensor, "some"]) -> Rows:
+        """Return rows for lower bounds: row 2 i is neuron i of the block, row 2 i + 1 its negative."""
+        return self.rows(block[index // 2], 1.0 - 2.0 * (index % 2))
+
     def blocks(self, most: int) -> Iterator[Tensor]:
-        """Yield the rows in blocks."""
+        """Yield the neurons in blocks."""
         return blocks(self.sample, most, grouped=self.knowledge.entry not in self.frames)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -87,20 +87,34 @@ class CROWN(Propagation):
         unknown = set(self.intermediate) - set(graph.nodes)
         if unknown:
             raise InvalidInput(f"intermediate bounds for {sorted(unknown)}", f"nodes among {list(graph.nodes)}")
-        knowledge = Knowledge(graph, domain, arithmetic)
-        shapes = {INPUT: "box" if domain.is_box else ""}
-        for node in graph.nodes.values():
-            shapes[node.name] = _exactness(node, shapes)
-            if node.name in self.intermediate:
-                knowledge.intervals[node.name] = self.intermediate[node.name]
-                continue
-            interval = knowledge.forward_interval(node)
-            knowledge.intervals[node.name] = interval
-            if not shapes[node.name]:
-                wanted = _wanted(graph, node, interval)
-                if bool(wanted.any()):
-                    knowledge.intervals[node.name] = _tighten(knowledge, node, interval, wanted)
-        return knowledge
+        return sweep(Knowledge(graph, domain, arithmetic), bound_neurons, given=self.intermediate)
+
+
+def sweep(
+    knowledge: Knowledge,
+    tighten: Callable[[Knowledge, Node, Tensor], Interval],
+    *,
+    given: Mapping[str, Interval] | None = None,
+    known: Mapping[str, Interval] | None = None,
+) -> Knowledge:
+    """Fill the intervals from the input on: one step of IBP, then ``tighten(knowledge, node, wanted)`` where it helps.
+
+    ``tighten`` returns bounds [n], float64, of the outputs at the mask ``wanted``. Intervals that are ``given`` replace
+    all others, those ``known`` already are intersected with them.
+    """
+    graph, shapes = knowledge.graph, {INPUT: "box" if knowledge.domain.is_box else ""}
+    for node in graph.nodes.values():
+        shapes[node.name] = _exactness(node, shapes)
+        if given is not None and node.name in given:
+            knowledge.intervals[node.name] = given[node.name]
+            continue
+        interval = knowledge.forward_interval(node)
+        interval = interval if known is None else interval & known[node.name]
+        knowledge.intervals[node.name] = interval
+        wanted = _wanted(graph, node, interval)
+        if not shapes[node.name] and bool(wanted.any()):
+            knowledge.intervals[node.name] = _intersect(interval, wanted, tighten(knowledge, node, wanted))
+    return knowledge
 
 
 def spec_rows(knowledge: Knowledge, spec: Spec, *, relax: bool) -> Float64[Tensor, "batch rows"]:
@@ -132,8 +146,7 @@ def _wanted(graph: Graph, node: Node, interval: Interval) -> Tensor:
     return wanted
 
 
-def _tighten(knowledge: Knowledge, node: Node, interval: Interval, wanted: Tensor) -> Interval:
-    found = bound_neurons(knowledge, node, wanted)
+def _intersect(interval: Interval, wanted: Tensor, found: Interval) -> Interval:
     dtype = interval.lower.dtype
     lower, upper = interval.lower.clone(), interval.upper.clone()
     lower[wanted] = torch.fmax(lower[wanted], round_down(found.lower, dtype))

@@ -26,15 +26,15 @@ from certify.ops.base import Affine, Elementwise
 from certify.propagate.backward import Rows
 from certify.propagate.state import Knowledge
 
-MOMENTS = (0.9, 0.999)  # of Adam
-DECAY = 0.98  # of the step length, per step
+MOMENTS = (0.5, 0.9)  # of Adam: short memories, since only a few steps are taken
+DECAY = 0.9  # of the step length, per step
 
 
 @dataclass
 class Side:
-    """One side of an activation's fan, and where in it each row's line stands: ``place`` in [0, 1], with Adam's moments.
+    """One side of an activation's fan, and where in it each row's line stands, with Adam's moments.
 
-    ``slope`` and ``offset`` [K, groups, 1, *shape] are the fan's, laid out for the rows; ``place`` is
+    ``slope`` and ``offset`` [K, groups, 1, *shape] are the fan's, laid out for the rows; ``place`` in [0, 1] is
     [groups, rows, *shape]. A fan of equal lines (above a ReLU) is ``fixed``.
     """
 
@@ -112,7 +112,7 @@ class Climb:
         entry, rows = self.knowledge.entry, tape.rows
         values = {entry: self._worst(rows, tape.coefficients[entry])}  # the pulled-back parts of the nodes' values
         for node in self.knowledge.graph.nodes.values():
-            if node.name not in tape.coefficients and not node.rule.affine or node not in rows.visited:
+            if (node.name not in tape.coefficients and not node.rule.affine) or node not in rows.visited:
                 continue
             inputs = []
             for name in node.inputs:
@@ -151,7 +151,9 @@ class Climb:
             )
             fixed = bool((slope == slope[:1]).all() & (offset == offset[:1]).all())
             place = rows.of_sample(node.name, start)
-            sides.append(Side(slope, offset, place if fixed else place.expand_as(rows.pending[node.name]).clone(), fixed))
+            sides.append(
+                Side(slope, offset, place if fixed else place.expand_as(rows.pending[node.name]).clone(), fixed)
+            )
         return sides[0], sides[1]
 
     def _through(self, name: str, tape: Tape, v: Tensor, count: int, length: float) -> Tensor:
