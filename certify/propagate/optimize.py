@@ -97,7 +97,8 @@ class Climb:
             node, lines = graph.nodes[name], None
             if isinstance(node.rule, Elementwise):
                 if name not in self.sides:
-                    self.sides[name] = self._sides(node, rows)
+                    A = rows.pending[name]
+                    self.sides[name] = self._sides(node, rows, lambda _, start, A=A: start.expand_as(A).clone())
                 low, up = (side.line() for side in self.sides[name])
                 lines, tape.lines[name] = Relaxation(*low[:2], *up[:2]), (low, up)
             if not node.rule.affine:
@@ -131,30 +132,31 @@ class Climb:
 
     def keep(self, rest: Int[Tensor, "rows"], old: Rows, new: Rows) -> None:
         """Go on with the rows ``rest`` of ``old``, which are those of ``new``."""
-        before, self.sides = self.sides, {}
-        for name, pair in before.items():
-            self.sides[name] = self._sides(self.knowledge.graph.nodes[name], new)
-            for side, was in zip(self.sides[name], pair, strict=True):
-                if not side.fixed:
-                    for part in ("place", "first", "second"):
-                        setattr(side, part, new.laid(name, old.flat(name, getattr(was, part))[rest]))
+        for name, pair in self.sides.items():
+            node = self.knowledge.graph.nodes[name]
 
-    def _sides(self, node: Node, rows: Rows) -> tuple[Side, Side]:
-        """Both sides of a node's fan for these rows, which start from the lines of smallest area."""
+            def place(side: int, start: Tensor, name: str = name, pair: tuple[Side, Side] = pair) -> Tensor:
+                return start if pair[side].fixed else new.laid(name, old.flat(name, pair[side].place)[rest])
+
+            fresh = self._sides(node, new, place)
+            for side, was in zip(fresh, pair, strict=True):
+                if not side.fixed:
+                    side.first, side.second = (new.laid(name, old.flat(name, m)[rest]) for m in (was.first, was.second))
+            self.sides[name] = fresh
+
+    def _sides(self, node: Node, rows: Rows, place: Callable[[int, Tensor], Tensor]) -> tuple[Side, Side]:
+        """Both sides of a node's fan for these rows; ``place(side, start)`` says where the rows stand in it."""
         lines, *starts = self.knowledge.fan(node)
-        sides = []
-        for slope, offset, start in zip(
-            (lines.lower_slope, lines.upper_slope), (lines.lower_offset, lines.upper_offset), starts, strict=True
-        ):
+        found = []
+        slopes, offsets = (lines.lower_slope, lines.upper_slope), (lines.lower_offset, lines.upper_offset)
+        for side, (slope, offset, start) in enumerate(zip(slopes, offsets, starts, strict=True)):
             slope, offset = (
                 rows.of_sample(node.name, part.transpose(0, 1)).movedim(2, 0).contiguous() for part in (slope, offset)
             )
             fixed = bool((slope == slope[:1]).all() & (offset == offset[:1]).all())
-            place = rows.of_sample(node.name, start)
-            sides.append(
-                Side(slope, offset, place if fixed else place.expand_as(rows.pending[node.name]).clone(), fixed)
-            )
-        return sides[0], sides[1]
+            at = rows.of_sample(node.name, start)
+            found.append(Side(slope, offset, at if fixed else place(side, at), fixed))
+        return found[0], found[1]
 
     def _through(self, name: str, tape: Tape, v: Tensor, count: int, length: float) -> Tensor:
         """Climb at one activation, and return the values of the lines that the rows chose."""
