@@ -162,6 +162,8 @@ class Elementwise(Rule):
         """Positive coefficients take the lower line, negative ones the upper line."""
         assert relaxation is not None
         r = relaxation
+        if r.lower_slope is r.upper_slope:  # lines that were chosen already
+            return (A * r.lower_slope,), inner(A, r.lower_offset)
         negative = A.clamp(max=0)
         positive = A - negative
         offset = inner(positive, r.lower_offset) + inner(negative, r.upper_offset)

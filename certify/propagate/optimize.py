@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float64, Int
@@ -31,37 +32,13 @@ DECAY = 0.9  # of the step length, per step
 
 
 @dataclass
-class Side:
-    """One side of an activation's fan, and where in it each row's line stands, with Adam's moments.
+class Places:
+    """Where the lines of rows stand on a side of a fan: ``at`` [groups, rows, *shape] in [0, 1], with Adam's moments."""
 
-    ``slope`` and ``offset`` [K, groups, 1, *shape] are the fan's, laid out for the rows; ``place`` in [0, 1] is
-    [groups, rows, *shape]. A fan of equal lines (above a ReLU) is ``fixed``.
-    """
-
-    slope: Tensor
-    offset: Tensor
-    place: Tensor
-    fixed: bool
+    at: Tensor
 
     def __post_init__(self) -> None:
-        self.first, self.second = torch.zeros_like(self.place), torch.zeros_like(self.place)
-
-    def line(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return slope and offset of every row's line, and their derivatives by the place."""
-        steps = len(self.slope) - 1
-        if self.fixed:
-            return self.slope[0], self.offset[0], self.slope[0], self.offset[0]
-        if steps == 1:
-            (s0, s1), (o0, o1), weight = self.slope, self.offset, self.place
-        else:
-            place = self.place * steps
-            k = place.floor().clamp_(max=steps - 1)
-            weight, stride = place - k, self.slope[0].numel()
-            index = torch.arange(stride, device=k.device).view(self.slope.shape[1:]) + k.long() * stride
-            s0, s1, o0, o1 = (v.take(i) for v in (self.slope, self.offset) for i in (index, index + stride))
-        ds, do = s1 - s0, o1 - o0
-        slope, offset = torch.addcmul(s0, weight, ds), torch.addcmul(o0, weight, do)
-        return (slope, offset, ds, do) if steps == 1 else (slope, offset, ds * steps, do * steps)
+        self.first, self.second = torch.zeros_like(self.at), torch.zeros_like(self.at)
 
     def climb(self, gradient: Tensor, step: int, length: float) -> None:
         """Take one step of Adam upwards, projected to [0, 1]."""
@@ -69,16 +46,90 @@ class Side:
         self.first.lerp_(gradient, 1 - a)
         self.second.mul_(b).addcmul_(gradient, gradient, value=1 - b)
         scale = (self.second / (1 - b**step)).sqrt_().add_(1e-12)
-        self.place.addcdiv_(self.first, scale, value=length * DECAY ** (step - 1) / (1 - a**step)).clamp_(0, 1)
+        self.at.addcdiv_(self.first, scale, value=length * DECAY ** (step - 1) / (1 - a**step)).clamp_(0, 1)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Places:
+        """Return the places and moments of other rows."""
+        other = Places(move(self.at))
+        other.first, other.second = move(self.first), move(self.second)
+        return other
+
+
+@dataclass
+class Choice:
+    """The lines that rows chose at an activation by the signs of their coefficients ``A``, with derivatives."""
+
+    A: Tensor
+    lower: Tensor  # 1 where A takes a lower line, else 0
+    slope: Tensor
+    offset: Tensor
+    slope_change: Tensor  # by the place
+    offset_change: Tensor
+
+
+class Slopes:
+    """The fan of one activation, laid out for a block of rows, and the place of each row's lines in it.
+
+    The lines are ``slope`` and ``offset`` [2 K, groups, 1, *shape]: K lower ones, then K upper ones.
+    A side of equal lines, as above a ReLU, has no places.
+    """
+
+    def __init__(self, rows: Rows, node: Node) -> None:
+        fan, lower, upper = rows.knowledge.fan(node)
+        parts = (fan.lower_slope, fan.upper_slope), (fan.lower_offset, fan.upper_offset)
+        self.slope, self.offset = (
+            rows.of_sample(node.name, torch.cat(pair).transpose(0, 1)).movedim(2, 0).contiguous() for pair in parts
+        )
+        self.steps = len(fan.lower_slope) - 1
+        sides = self.slope.chunk(2), self.offset.chunk(2)
+        A = rows.pending[node.name]
+        self.places = [
+            None if bool((slope == slope[:1]).all() & (offset == offset[:1]).all())
+            else Places(rows.of_sample(node.name, start).expand_as(A).clone())
+            for slope, offset, start in zip(*sides, (lower, upper), strict=True)
+        ]  # fmt: skip
+
+    def choose(self, A: Tensor) -> Choice:
+        """Return the lower lines for positive coefficients and the upper lines for negative ones."""
+        positive = (A >= 0).to(A.dtype)
+        if self.steps == 1:
+            pairs = (self._between(side) for side in (1, 0))
+            return Choice(A, positive, *(torch.lerp(up, low, positive) for up, low in zip(*pairs, strict=True)))
+        lower, upper = (0.0 if places is None else places.at for places in self.places)
+        place = (upper + positive * (lower - upper)) * self.steps
+        k = place.floor().clamp_(max=self.steps - 1)
+        weight, stride = place - k, self.slope[0].numel()
+        k = k + (self.steps + 1) * (1 - positive)
+        index = torch.arange(stride, device=A.device).view(self.slope.shape[1:]) + k.long() * stride
+        s0, s1, o0, o1 = (values.take(i) for values in (self.slope, self.offset) for i in (index, index + stride))
+        ds, do = s1 - s0, o1 - o0
+        slope, offset = torch.addcmul(s0, weight, ds), torch.addcmul(o0, weight, do)
+        return Choice(A, positive, slope, offset, ds * self.steps, do * self.steps)
+
+    def _between(self, side: int) -> tuple[Tensor, ...]:
+        """Slope and offset between the two lines of one side, and how they change."""
+        places, (s0, s1), (o0, o1) = self.places[side], self.slope[2 * side :][:2], self.offset[2 * side :][:2]
+        if places is None:
+            return s0, o0, torch.zeros_like(s0), torch.zeros_like(o0)
+        return torch.addcmul(s0, places.at, s1 - s0), torch.addcmul(o0, places.at, o1 - o0), s1 - s0, o1 - o0
+
+    def climb(self, choice: Choice, v: Tensor, step: int, length: float) -> None:
+        """Climb where the activation's input has the value ``v`` at the rows' worst points."""
+        gradient = choice.A * torch.addcmul(choice.offset_change, choice.slope_change, v)
+        lower, upper = self.places
+        if lower is not None:
+            lower.climb(gradient if upper is None else gradient * choice.lower, step, length)
+        if upper is not None:
+            upper.climb(gradient if lower is None else gradient * (1 - choice.lower), step, length)
 
 
 @dataclass
 class Tape:
-    """What one pull back leaves for the push forward: coefficients [groups, rows, *shape] and the lines they chose."""
+    """What one pull back leaves for the push forward: the rows, their choices, and coefficients at other places."""
 
     rows: Rows
+    choices: dict[str, Choice] = field(default_factory=dict)
     coefficients: dict[str, Tensor] = field(default_factory=dict)
-    lines: dict[str, tuple[tuple[Tensor, ...], ...]] = field(default_factory=dict)  # of two Sides: lower, upper
 
 
 class Climb:
@@ -86,7 +137,8 @@ class Climb:
 
     def __init__(self, knowledge: Knowledge) -> None:
         self.knowledge = knowledge
-        self.sides: dict[str, tuple[Side, Side]] = {}
+        self.slopes: dict[str, Slopes] = {}
+        self.kept: dict[str, list[Places | None]] = {}
 
     def pull(self, rows: Rows) -> tuple[Float64[Tensor, "rows"], Tape]:
         """Return the bounds of the rows with the present slopes, and what ``step`` needs."""
@@ -94,15 +146,12 @@ class Climb:
         for name in reversed(graph.nodes):
             if name == entry or name not in rows.pending:
                 continue
-            node, lines = graph.nodes[name], None
+            node, A, lines = graph.nodes[name], rows.pending[name], None
             if isinstance(node.rule, Elementwise):
-                if name not in self.sides:
-                    A = rows.pending[name]
-                    self.sides[name] = self._sides(node, rows, lambda _, start, A=A: start.expand_as(A).clone())
-                low, up = (side.line() for side in self.sides[name])
-                lines, tape.lines[name] = Relaxation(*low[:2], *up[:2]), (low, up)
-            if not node.rule.affine:
-                tape.coefficients[name] = rows.pending[name]
+                chosen = tape.choices[name] = self._slopes(node, rows).choose(A)
+                lines = Relaxation(chosen.slope, chosen.offset, chosen.slope, chosen.offset)
+            elif not node.rule.affine:
+                tape.coefficients[name] = A
             rows.step(node, lines)
         tape.coefficients[entry] = rows.pending[entry]
         rows.settle(entry)
@@ -112,62 +161,40 @@ class Climb:
         """Push the worst input of every row forward and climb along the gradients that it meets."""
         entry, rows = self.knowledge.entry, tape.rows
         values = {entry: self._worst(rows, tape.coefficients[entry])}  # the pulled-back parts of the nodes' values
-        for node in self.knowledge.graph.nodes.values():
-            if (node.name not in tape.coefficients and not node.rule.affine) or node not in rows.visited:
-                continue
-            inputs = []
-            for name in node.inputs:
-                v = values[name]
-                constant = self.knowledge.rider(name).constant
-                if constant is not None and not (node.rule.carries or isinstance(node.rule, Elementwise)):
-                    v = v + rows.of_sample(name, constant.to(v.dtype))
-                inputs.append(rows.unfit(node, name, v))
-            if isinstance(node.rule, Elementwise):
-                values[node.name] = self._through(node.name, tape, inputs[0], count, length)
+        for node in reversed(rows.visited):
+            inputs = [rows.unfit(node, name, self._whole(rows, node, name, values[name])) for name in node.inputs]
+            if node.name in tape.choices:
+                choice = tape.choices[node.name]
+                self.slopes[node.name].climb(choice, inputs[0], count, length)
+                values[node.name] = torch.addcmul(choice.offset, choice.slope, inputs[0])
             elif isinstance(node.rule, Affine):
                 push = node.rule.push_window if node.name in rows.frames else node.rule.linear
                 values[node.name] = push(*(v.flatten(0, 1) for v in inputs)).unflatten(0, inputs[0].shape[:2])
             else:
                 values[node.name] = _derivative(node, tape.coefficients[node.name], rows.lines(node), inputs[0])
 
-    def keep(self, rest: Int[Tensor, "rows"], old: Rows, new: Rows) -> None:
-        """Go on with the rows ``rest`` of ``old``, which are those of ``new``."""
-        for name, pair in self.sides.items():
-            node = self.knowledge.graph.nodes[name]
+    def keep(self, rest: Int[Tensor, "rows"], old: Rows) -> None:
+        """Go on with the rows ``rest`` of ``old``: the next ``pull`` lays their places out anew."""
+        for name, slopes in self.slopes.items():
+            flat = partial(_rows_of, old, name, rest)
+            self.kept[name] = [p if p is None else p.moved(flat) for p in slopes.places]
+        self.slopes = {}
 
-            def place(side: int, start: Tensor, name: str = name, pair: tuple[Side, Side] = pair) -> Tensor:
-                return start if pair[side].fixed else new.laid(name, old.flat(name, pair[side].place)[rest])
+    def _slopes(self, node: Node, rows: Rows) -> Slopes:
+        name = node.name
+        if name not in self.slopes:
+            self.slopes[name] = Slopes(rows, node)
+            if name in self.kept:
+                kept = self.kept.pop(name)
+                self.slopes[name].places = [p if p is None else p.moved(partial(rows.laid, name)) for p in kept]
+        return self.slopes[name]
 
-            fresh = self._sides(node, new, place)
-            for side, was in zip(fresh, pair, strict=True):
-                if not side.fixed:
-                    side.first, side.second = (new.laid(name, old.flat(name, m)[rest]) for m in (was.first, was.second))
-            self.sides[name] = fresh
-
-    def _sides(self, node: Node, rows: Rows, place: Callable[[int, Tensor], Tensor]) -> tuple[Side, Side]:
-        """Both sides of a node's fan for these rows; ``place(side, start)`` says where the rows stand in it."""
-        lines, *starts = self.knowledge.fan(node)
-        found = []
-        slopes, offsets = (lines.lower_slope, lines.upper_slope), (lines.lower_offset, lines.upper_offset)
-        for side, (slope, offset, start) in enumerate(zip(slopes, offsets, starts, strict=True)):
-            slope, offset = (
-                rows.of_sample(node.name, part.transpose(0, 1)).movedim(2, 0).contiguous() for part in (slope, offset)
-            )
-            fixed = bool((slope == slope[:1]).all() & (offset == offset[:1]).all())
-            at = rows.of_sample(node.name, start)
-            found.append(Side(slope, offset, at if fixed else place(side, at), fixed))
-        return found[0], found[1]
-
-    def _through(self, name: str, tape: Tape, v: Tensor, count: int, length: float) -> Tensor:
-        """Climb at one activation, and return the values of the lines that the rows chose."""
-        A, (low, up) = tape.coefficients[name], tape.lines[name]
-        chosen = (A >= 0).to(v.dtype)
-        value = torch.addcmul(torch.lerp(up[1], low[1], chosen), torch.lerp(up[0], low[0], chosen), v)
-        negative = A.clamp(max=0)
-        for side, part, line in zip(self.sides[name], (A - negative, negative), (low, up), strict=True):
-            if not side.fixed:
-                side.climb(part * torch.addcmul(line[3], line[2], v), count, length)
-        return value
+    def _whole(self, rows: Rows, node: Node, name: str, v: Tensor) -> Tensor:
+        """The value that the coefficients of ``node`` met over ``name``: with the constant that was settled there."""
+        constant = self.knowledge.rider(name).constant
+        if constant is None or node.rule.carries or isinstance(node.rule, Elementwise):
+            return v
+        return v + rows.of_sample(name, constant.to(v.dtype))
 
     def _worst(self, rows: Rows, A: Tensor) -> Tensor:
         """The input at which the row's linear bound is attained."""
@@ -179,6 +206,10 @@ class Climb:
         sample = rows.sample if rows.groups is None else rows.groups.sample
         every = domain.take(sample.repeat_interleave(A.shape[1]))
         return every.steepest(-A.flatten(0, 1)).unflatten(0, A.shape[:2])
+
+
+def _rows_of(old: Rows, name: str, rest: Tensor, part: Tensor) -> Tensor:
+    return old.flat(name, part)[rest]
 
 
 def _derivative(node: Node, A: Tensor, lines: Relaxation, v: Tensor) -> Tensor:
@@ -218,5 +249,5 @@ def optimize(
                 break
             if len(rest) < len(active):
                 active = active[rest]
-                climb.keep(rest, tape.rows, start(active))
+                climb.keep(rest, tape.rows)
     return best
