@@ -33,7 +33,7 @@ DECAY = 0.9  # of the step length, per step
 
 @dataclass
 class Places:
-    """Where the lines of rows stand on a side of a fan: ``at`` [groups, rows, *shape] in [0, 1], with Adam's moments."""
+    """Where the lines of rows stand in a fan: ``at`` [groups, rows, *shape] in [0, 1], with Adam's moments."""
 
     at: Tensor
 
