@@ -132,6 +132,7 @@ def _row(
         unstable=blame.undecided if relaxed and not smooth else None,
         gap=blame.gap if smooth else None,
         share=blame.share,
+        gain=blame.gain,
         distance_mean=_mean(moved),
         distance_p95=float(moved.quantile(0.95)),
         moves_only=isinstance(node.rule, Select),
@@ -140,13 +141,16 @@ def _row(
 
 def _sentences(rows: list[LayerRow]) -> list[str]:
     """Which layer costs most and why, in plain words."""
-    ranked = sorted((row for row in rows if row.share > 0), key=lambda row: -row.share)
+    ranked = sorted((row for row in rows if row.share > 0), key=lambda row: (-row.gain, -row.share))
     if not ranked:
         return ["No layer loosens the bounds: all of them are exact here."]
     worst = ranked[0]
-    words = f"{worst.name} ({worst.kind}) costs most: it causes {_percent(worst.share)} of the looseness of the bounds"
+    words = (
+        f"{worst.name} ({worst.kind}) costs most: with exact bounds for it alone the margins' bounds would rise by up "
+        f"to {worst.gain:.2g} on average"
+    )
     if len(ranked) > 1:
-        words += f", {ranked[1].name} ({ranked[1].kind}) {_percent(ranked[1].share)}"
+        words += f", for {ranked[1].name} ({ranked[1].kind}) by {ranked[1].gain:.2g}"
     found = [f"{words}. {_reason(worst)}"]
     growing = max((row for row in rows if row.growth is not None), key=lambda row: row.growth or 0, default=None)
     if growing is not None and growing.growth is not None and growing.growth > 1:

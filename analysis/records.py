@@ -134,7 +134,8 @@ class LayerRow(Record):
     (l2 both). ``width_ibp`` and ``width_crown`` are mean widths of the output's bounds; ``growth`` is the CROWN
     width over that of the inputs. ``unstable`` is the share of neurons with a kink inside their bounds (piecewise
     linear), ``gap`` the mean distance of the two lines around a smooth function. ``share`` of the looseness of the
-    margins adds up to 1 over the layers. ``distance_mean`` and ``distance_p95`` are l2 distances between the clean
+    margins adds up to 1 over the layers; ``gain`` is what the margins' lower bounds would rise by, at most and on
+    average, with this layer alone exact. ``distance_mean`` and ``distance_p95`` are l2 distances between the clean
     and the attacked activations.
     """
 
@@ -150,6 +151,7 @@ class LayerRow(Record):
     unstable: float | None
     gap: float | None
     share: float
+    gain: float
     distance_mean: float
     distance_p95: float
     moves_only: bool = False

@@ -64,7 +64,7 @@ def layers(found: Sensitivity) -> tuple[Table, Table]:
     )
     costs = {title: column for title, column in COSTS.items() if any(column(row) for row in found.rows)}
     second = table("What each layer costs the bounds", "layer", *costs)
-    worst = max((row.share for row in found.rows), default=0.0)
+    worst = max((row.gain for row in found.rows), default=0.0)
     for row in found.rows:
         first.add_row(
             *(row.name, row.kind, shape(row.shape), count(row.parameters)),
@@ -83,6 +83,7 @@ COSTS: dict[str, Callable[[LayerRow], str]] = {
     "unstable": lambda row: "" if row.unstable is None else percent(row.unstable),
     "gap": lambda row: "" if row.gap is None else number(row.gap),
     "looseness": lambda row: percent(row.share) if row.share > 0 else "",
+    "gain\n(margin)": lambda row: number(row.gain) if row.share > 0 else "",
 }
 
 
@@ -135,4 +136,4 @@ def lipschitz(rows: Sequence[LipschitzEstimate], norm: str) -> Table:
 def _style(row: LayerRow, worst: float) -> str | None:
     if row.moves_only:
         return DIM
-    return NAME if row.share == worst > 0 else None
+    return NAME if row.gain == worst > 0 else None
