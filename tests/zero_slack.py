@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +13,8 @@ import certify
 from certify.propagate.methods import resolve_method
 from certify.rounding import FloatAnyOrder
 
-METHODS = ("ibp", "crown-ibp", "crown")
+ALPHA = certify.AlphaCROWN(steps=3, inner_steps=2, goal=math.inf)
+METHODS: tuple[str | certify.AlphaCROWN, ...] = ("ibp", "crown-ibp", "crown", ALPHA)
 
 
 @dataclass
@@ -36,13 +38,18 @@ class Tally:
 def check_bounds(
     model: nn.Module,
     domain: certify.PerturbationSet,
-    methods: tuple[str, ...] = METHODS,
+    methods: tuple[str | certify.AlphaCROWN, ...] = METHODS,
     *,
     seed: int = 0,
     count: int = 3,
     orders: int = 2,
+    compiled: bool = False,
 ) -> Tally:
-    """Compare every node, output and margin of a network with executions in many orders at many points."""
+    """Compare every node, output and margin of a network with executions in many orders at many points.
+
+    With ``compiled`` the network is also run through ``torch.compile``.
+    """
+    compilation = torch.compile(model, dynamic=False) if compiled else None
     tally, generator = Tally(), torch.Generator().manual_seed(seed)
     graph = graph_of(model, domain)
     outputs = torch.Size(graph.shape(graph.output)).numel()
@@ -59,6 +66,9 @@ def check_bounds(
         assert bool(domain.contains(x).all())
         executions = [shuffled(x, generator) for _ in range(orders)] + [module_values(model, x, graph)]
         results = [*float_outputs(model, x), *(values[graph.output] for values in executions[:orders])]
+        if compilation is not None:
+            with torch.no_grad():
+                results.append(compilation(x))
         for method in methods:
             for values in executions:
                 for name in values.keys() & layers[method].keys():

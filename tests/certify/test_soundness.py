@@ -7,7 +7,7 @@ import torch
 from references import points
 from strategies import FAMILIES, Function, affine, cancelling, convolutional, dense, domains, inputs, random_graph
 from torch import nn
-from zero_slack import check_bounds
+from zero_slack import ALPHA, check_bounds
 
 import certify
 import models
@@ -20,7 +20,7 @@ QUICK = [name for name in FAMILIES if not name.startswith(("images", "deep kaf")
 
 def _check(name, dtype, radius, kinds, *, seed=0, count=1):
     build, shape = FAMILIES[name]
-    methods = ("crown", ("ibp", "crown-ibp")[list(FAMILIES).index(name) // 2 % 2])
+    methods = ("crown", ("ibp", ALPHA, "crown-ibp")[list(FAMILIES).index(name) // 2 % 3])
     model, x = build(seed=seed).to(dtype), inputs(shape, dtype=dtype, seed=seed)
     for kind, domain in domains(x, radius).items():
         if kind in kinds:
