@@ -126,7 +126,7 @@ class PiecewiseLinear(Activation):
             if 0 < piece < len(self.kinks):
                 run = run.clamp(max=self.kinks[piece] - begin)
             factor = torch.as_tensor(slope, dtype=torch.float64, device=s.device)
-            v = v + torch.where(factor == 0, 0, factor * run)
+            v = v + torch.where((factor == 0) & run.isinf(), 0, factor * run)
         return self.value + v
 
 
