@@ -65,6 +65,8 @@ def next_below(x: Tensor) -> Tensor:
 
 def round_down(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the largest convenient y <= x in ``dtype``. ``x`` is float64; NaN and infinities pass through."""
+    if x.dtype == dtype:
+        return x
     y = x.to(dtype)
     below = next_below(y)
     return torch.where(y.double() > x, below, y)

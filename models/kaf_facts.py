@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from certify import Activation, Curve, Interval, Smooth, register_activation
+from certify.activations.envelope import at_end, attach
 from certify.activations.piecewise import PiecewiseLinear
 from certify.activations.smooth import Formula
 from certify.errors import UnsupportedOperation
-from certify.graph import Call, build_rule
+from certify.graph import Call, build_rule, held
 from certify.ops.base import Elementwise
 from certify.rounding import gamma as gamma_n
 from certify.rounding import round_down, round_up, step_down, step_up, unit_roundoff
+from models.gaussian import gaussian_sum
 from models.kaf import KAF
 from models.kaf_table import Gaussians, Table
 
@@ -54,9 +57,17 @@ class KAFFacts(Smooth):
 
     def __init__(self, kaf: KAF, base: Activation | None, sample_dims: int) -> None:
         self.kaf, self.base, self.sample_dims = kaf, base, sample_dims
-        alpha, dictionary, gamma = kaf.gaussian()
-        self._sum = Gaussians(alpha.double(), dictionary.double(), float(gamma))
-        self._table, self._slopes = Table.of(self._sum), Table.of(self._sum, order=1)
+        self._live = tuple(held(value).double() for value in kaf.gaussian())
+        alpha, dictionary, gamma = (value.detach() for value in self._live)
+        self._sum = Gaussians(alpha, dictionary, float(gamma))
+
+    @cached_property
+    def _table(self) -> Table:
+        return Table.of(self._sum)
+
+    @cached_property
+    def _slopes(self) -> Table:
+        return Table.of(self._sum, order=1)
 
     @classmethod
     def from_call(cls, call: Call) -> KAFFacts:
@@ -93,7 +104,13 @@ class KAFFacts(Smooth):
         return [*found, (cls(small.eval(), PiecewiseLinear((0.0,), (0.0, 1.0)), 2), 4)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """The sum as written, in float64, then in the dtype of x: an evaluation of its own, beside the module's."""
+        """The sum as written, in float64, then in the dtype of x: an evaluation of its own, beside the module's.
+
+        That is for checks; where gradients are wanted it is the module's, which recomputes the terms.
+        """
+        if torch.is_grad_enabled():
+            y = gaussian_sum(x.double().flatten(0, x.ndim - self.sample_dims - 1), *self._live).view(x.shape).to(x.dtype)
+            return y if self.base is None else self.base.forward(x) + y
         s, row = x.double().reshape(-1), self._channels(x.shape)
         y = torch.zeros_like(s)
         for alpha, d in zip(self._sum.alpha.t(), self._sum.dictionary, strict=True):
@@ -107,7 +124,17 @@ class KAFFacts(Smooth):
 
     def range(self, z: Interval) -> Interval:
         """The ends and the turning points of the table; with a base, the branch and bound."""
-        return self._extremes(self._table, z) if self.base is None else super().range(z)
+        if self.base is not None:
+            return super().range(z)
+        with torch.no_grad():
+            found = self._extremes(self._table, z)
+        if not self.moves(z):
+            return found
+        table = self._table.at(self._channels(z.lower.shape))
+        with torch.no_grad():
+            places = table.places(z.lower.double().reshape(-1), z.upper.double().reshape(-1))
+        low, up = (self.forward(at_end(s.view(z.lower.shape), z.double())) for s in places)
+        return Interval(attach(found.lower, low), attach(found.upper, up))
 
     def slope_range(self, z: Interval) -> Interval:
         """Certified extremes of f' on z (on the whole line if z is), plus the base's."""
