@@ -12,7 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from certify.bounding import check_spec, prepare
 from certify.errors import InvalidInput, InvalidModel
-from certify.propagate.methods import BoundMethod, CrownIBP, IBP, resolve_method
+from certify.propagate.methods import IBP, BoundMethod, CrownIBP, resolve_method
 from certify.rounding import Real
 from certify.sets import PerturbationSet
 from certify.specs import Spec

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from certify import Activation, Curve, Interval, Smooth, register_activation
-from certify.activations.envelope import at_end, attach
+from certify.activations.envelope import at_end
 from certify.activations.piecewise import PiecewiseLinear
 from certify.activations.smooth import Formula
 from certify.errors import UnsupportedOperation
@@ -22,6 +22,7 @@ from models.kaf import KAF
 from models.kaf_table import Gaussians, Table
 
 STEEPEST = 1e3  # largest gamma: a table of steeper kernels would be long or coarse
+COARSE = 24  # nodes per unit of v where a point within 1e-6 of a turning point will do
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class KAFFacts(Smooth):
         return Table.of(self._sum)
 
     @cached_property
+    def _coarse(self) -> Table:
+        return Table.of(self._sum, fine=COARSE)
+
+    @cached_property
     def _slopes(self) -> Table:
         return Table.of(self._sum, order=1)
 
@@ -74,7 +79,7 @@ class KAFFacts(Smooth):
         """Read the module; a base must itself be a registered activation."""
         kaf, base = call.module, None
         assert isinstance(kaf, KAF)
-        if float(kaf.gaussian()[2]) > STEEPEST:
+        if float(kaf.gaussian()[2].detach()) > STEEPEST:
             raise UnsupportedOperation(
                 f"a KAF with gamma above {STEEPEST:g} at {call.name!r}",
                 "kernels that float64 can bound",
@@ -109,7 +114,11 @@ class KAFFacts(Smooth):
         That is for checks; where gradients are wanted it is the module's, which recomputes the terms.
         """
         if torch.is_grad_enabled():
-            y = gaussian_sum(x.double().flatten(0, x.ndim - self.sample_dims - 1), *self._live).view(x.shape).to(x.dtype)
+            y = (
+                gaussian_sum(x.double().flatten(0, x.ndim - self.sample_dims - 1), *self._live)
+                .view(x.shape)
+                .to(x.dtype)
+            )
             return y if self.base is None else self.base.forward(x) + y
         s, row = x.double().reshape(-1), self._channels(x.shape)
         y = torch.zeros_like(s)
@@ -123,18 +132,21 @@ class KAFFacts(Smooth):
         return table if self.base is None else SumCurve(table, _curve_of(self.base, shape, device))
 
     def range(self, z: Interval) -> Interval:
-        """The ends and the turning points of the table; with a base, the branch and bound."""
+        """The ends and the turning points of the table; with a base, the branch and bound.
+
+        Where gradients are wanted, f itself at the extreme points, which a coarse table finds: f is level there.
+        """
         if self.base is not None:
             return super().range(z)
-        with torch.no_grad():
-            found = self._extremes(self._table, z)
         if not self.moves(z):
-            return found
-        table = self._table.at(self._channels(z.lower.shape))
+            return self._extremes(self._table, z)
+        wide = z.double()
         with torch.no_grad():
-            places = table.places(z.lower.double().reshape(-1), z.upper.double().reshape(-1))
-        low, up = (self.forward(at_end(s.view(z.lower.shape), z.double())) for s in places)
-        return Interval(attach(found.lower, low), attach(found.upper, up))
+            places = self._coarse.at(self._channels(z.lower.shape)).places(
+                wide.lower.reshape(-1), wide.upper.reshape(-1)
+            )
+        low, up = (self.forward(at_end(s.view(z.lower.shape), wide)) for s in places)
+        return Interval(round_down(low, z.lower.dtype), round_up(up, z.lower.dtype))
 
     def slope_range(self, z: Interval) -> Interval:
         """Certified extremes of f' on z (on the whole line if z is), plus the base's."""

@@ -1,8 +1,8 @@
 """Derivatives of certified values, by the envelope theorem.
 
-The minimum over s in [l, u] of f(s) - a s is attained at some s*. Moving f, a, l or u a little changes it as if s* stood
-still (it stands at a level point), or moved with the end that it is. So a search runs without gradients, its value stays
-the certified one, and its derivative is that of f at s*.
+The minimum over s in [l, u] of f(s) - a s is attained at some s*. Moving f, a, l or u a little changes it as if s*
+stood still (f(s) - a s is level there) or moved with the end that it is. So a search runs without gradients, its value
+stays the certified one, and its derivative is that of f(s*) - a s*.
 
 Reference: J. Danskin, The Theory of Max-Min (1967).
 """
@@ -34,7 +34,9 @@ def at_end(s: Float[Tensor, "*shape"], z: Interval) -> Float[Tensor, "*shape"]:
     return torch.where(s <= z.lower, z.lower, torch.where(s >= z.upper, z.upper, s))
 
 
-def moving(f: Function, values: Function, z: Interval, r: Relaxation, slopes: tuple[Tensor, Tensor] | None) -> Relaxation:
+def moving(
+    f: Function, values: Function, z: Interval, r: Relaxation, slopes: tuple[Tensor, Tensor] | None
+) -> Relaxation:
     """Return the certified lines ``r`` of f over z with their derivatives in f, in z and in the given ``slopes``.
 
     Slopes of the search's choice are those of the chord, of the tangent at the middle, or of the edge between the two
