@@ -13,7 +13,7 @@ from certify.activations.envelope import at_end
 from certify.activations.piecewise import PiecewiseLinear
 from certify.activations.smooth import Formula
 from certify.errors import UnsupportedOperation
-from certify.graph import Call, build_rule, held
+from certify.graph import Call, build_rule
 from certify.ops.base import Elementwise
 from certify.rounding import gamma as gamma_n
 from certify.rounding import round_down, round_up, step_down, step_up, unit_roundoff
@@ -56,9 +56,9 @@ class SumCurve(Curve):
 class KAFFacts(Smooth):
     """f(s) = sum_i alpha_i exp(-gamma (s - d_i)^2) (+ base(s)), per channel: dimension 1 of the input."""
 
-    def __init__(self, kaf: KAF, base: Activation | None, sample_dims: int) -> None:
+    def __init__(self, kaf: KAF, base: Activation | None, sample_dims: int, *, live: bool = False) -> None:
         self.kaf, self.base, self.sample_dims = kaf, base, sample_dims
-        self._live = tuple(held(value).double() for value in kaf.gaussian())
+        self._live = tuple((value if live else value.detach()).double() for value in kaf.gaussian())
         alpha, dictionary, gamma = (value.detach() for value in self._live)
         self._sum = Gaussians(alpha, dictionary, float(gamma))
 
@@ -94,7 +94,7 @@ class KAFFacts(Smooth):
                     "an activation that is the same function for every channel",
                     "nn.ReLU(), nn.SiLU() or another activation of `certify ops`",
                 )
-        return cls(kaf, base, len(call.input_shape))
+        return cls(kaf, base, len(call.input_shape), live=torch.is_grad_enabled())  # see ``certify.graph.held``
 
     @classmethod
     def examples(cls) -> list[tuple[Activation, int]]:
@@ -113,12 +113,9 @@ class KAFFacts(Smooth):
 
         That is for checks; where gradients are wanted it is the module's, which recomputes the terms.
         """
-        if torch.is_grad_enabled():
-            y = (
-                gaussian_sum(x.double().flatten(0, x.ndim - self.sample_dims - 1), *self._live)
-                .view(x.shape)
-                .to(x.dtype)
-            )
+        if torch.is_grad_enabled() and any(value.requires_grad for value in (x, *self._live)):
+            flat = x.double().flatten(0, x.ndim - self.sample_dims - 1)
+            y = gaussian_sum(flat, *self._live).view(x.shape).to(x.dtype)
             return y if self.base is None else self.base.forward(x) + y
         s, row = x.double().reshape(-1), self._channels(x.shape)
         y = torch.zeros_like(s)
@@ -134,18 +131,18 @@ class KAFFacts(Smooth):
     def range(self, z: Interval) -> Interval:
         """The ends and the turning points of the table; with a base, the branch and bound.
 
-        Where gradients are wanted, f itself at the extreme points, which a coarse table finds: f is level there.
+        Where gradients are wanted, f itself at its extreme points, with no margin for errors: a coarse table finds
+        them, for f is level there.
         """
         if self.base is not None:
             return super().range(z)
         if not self.moves(z):
             return self._extremes(self._table, z)
-        wide = z.double()
+        wide, shape = z.double(), z.lower.shape
         with torch.no_grad():
-            places = self._coarse.at(self._channels(z.lower.shape)).places(
-                wide.lower.reshape(-1), wide.upper.reshape(-1)
-            )
-        low, up = (self.forward(at_end(s.view(z.lower.shape), wide)) for s in places)
+            table = self._coarse.at(self._channels(shape))
+            places = table.places(wide.lower.reshape(-1), wide.upper.reshape(-1))
+        low, up = (self.forward(at_end(s.view(shape), wide)) for s in places)
         return Interval(round_down(low, z.lower.dtype), round_up(up, z.lower.dtype))
 
     def slope_range(self, z: Interval) -> Interval:
