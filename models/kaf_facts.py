@@ -22,7 +22,7 @@ from models.kaf import KAF
 from models.kaf_table import Gaussians, Table
 
 STEEPEST = 1e3  # largest gamma: a table of steeper kernels would be long or coarse
-COARSE = 24  # nodes per unit of v where a point within 1e-6 of a turning point will do
+COARSER = 8  # times fewer nodes where a point within 1e-6 of a turning point will do
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class KAFFacts(Smooth):
 
     @cached_property
     def _coarse(self) -> Table:
-        return Table.of(self._sum, fine=COARSE)
+        return Table.of(self._sum, coarser=COARSER)
 
     @cached_property
     def _slopes(self) -> Table:

@@ -98,11 +98,11 @@ class Table(Curve):
     channel: Int[Tensor, "n"]  # of the elements
 
     @classmethod
-    def of(cls, f: Gaussians, order: int = 0, fine: int = FINE) -> Table:
-        """Tabulate with ``fine`` nodes per unit of v; the table has no elements yet (see ``at``)."""
+    def of(cls, f: Gaussians, order: int = 0, *, coarser: int = 1) -> Table:
+        """Tabulate, with ``coarser`` times fewer nodes; the table has no elements yet (see ``at``)."""
         span, reach = (float(f.dictionary.min()), float(f.dictionary.max())), REACH / f.unit
         low, high = span[0] - reach, span[1] + reach
-        pieces = min(NODES, math.ceil((high - low) * f.unit * fine))
+        pieces = min(NODES, math.ceil((high - low) * f.unit * FINE / coarser))
         nodes = torch.linspace(low, high, pieces + 1, dtype=torch.float64, device=f.alpha.device)
         h = (high - low) / pieces
         y, d = f.derivative(order, nodes), f.derivative(order + 1, nodes) * h
