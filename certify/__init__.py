@@ -36,6 +36,7 @@ from certify.registry import (
 from certify.results import AttackResult, Certificate, LipschitzEstimate, Verdict
 from certify.sets import Box, LpBall, PerturbationSet
 from certify.specs import Spec, class_margins, logit_sign, output_band
+from certify.training import training_margins
 from certify.verify import certified_radius, prove
 
 for _folder in (activations, ops, propagate, attacks, lipschitz, oracle):
@@ -86,4 +87,5 @@ __all__ = [
     "register_method",
     "register_op",
     "testing",
+    "training_margins",
 ]

@@ -72,11 +72,11 @@ def layer_bounds(
     return found
 
 
-def prepare(model: nn.Module, domain: PerturbationSet) -> Graph:
+def prepare(model: nn.Module, domain: PerturbationSet, *, live: bool = False) -> Graph:
     """Trace the model for the domain's shape, dtype and device."""
     if not isinstance(domain, PerturbationSet):
         raise InvalidInput(f"a {type(domain).__name__} as domain", "certify.LpBall or certify.Box")
-    return trace(model, domain.center)
+    return trace(model, domain.center.detach(), live=live)
 
 
 def check_spec(graph: Graph, domain: PerturbationSet, spec: Spec) -> Spec:

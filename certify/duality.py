@@ -26,7 +26,7 @@ def l2_scale(magnitude: Tensor, cap: Tensor, radius: Tensor) -> Tensor:
 
 def l2_dual(magnitude: Tensor, cap: Tensor, radius: Tensor) -> Tensor:
     """Return max <b, d>, |d| <= cap, ||d||_2 <= radius, by its Lagrange dual: an upper bound for any multiplier."""
-    t = l2_scale(magnitude, cap, radius)
+    t = l2_scale(magnitude.detach(), cap.detach(), radius)  # minimised over: no part in the derivative
     multiplier = torch.where(t > 0, 0.5 / t, 0)[:, None]
     step = torch.minimum(magnitude * t[:, None].nan_to_num(posinf=1e300), cap)
     boxed = (magnitude * cap).sum(1)

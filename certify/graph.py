@@ -30,6 +30,11 @@ INPUT = "input"  # the name of the node that stands for x
 SPLITS = (torch.chunk, torch.split, torch.tensor_split, torch.unbind, "chunk", "split", "tensor_split", "unbind")
 
 
+def held(value: Tensor) -> Tensor:
+    """Return a parameter as rules and facts keep it: itself while a model is traced for training, else detached."""
+    return value if torch.is_grad_enabled() else value.detach()
+
+
 @dataclass(frozen=True)
 class Input:
     """Stands for a value that depends on x, among the arguments of a ``Call``; ``shape`` is that of one sample."""
@@ -84,12 +89,12 @@ class Call:
             raise UnsupportedOperation(
                 f"{name} of {self.kind} at {self.name!r} depends on the input", "a constant tensor"
             )
-        return None if value is None else value.detach().to(self.device)
+        return None if value is None else held(value).to(self.device)
 
     def per_sample(self, value: Tensor | float) -> Tensor:
         """Return a constant operand without batch dimension; it must not enlarge the sample or vary over the batch."""
         number = not isinstance(value, Tensor)  # keeps all its digits: torch's default dtype is not the model's
-        constant = torch.as_tensor(value, dtype=self.dtype if number else None, device=self.device).detach()
+        constant = held(torch.as_tensor(value, dtype=self.dtype if number else None, device=self.device))
         if not bool(torch.isfinite(constant).all()):
             raise InvalidModel(f"NaN or infinity in a constant at {self.name!r}", "finite numbers")
         shape = self.input_shape
@@ -146,8 +151,11 @@ class Graph:
         return [node for node in self.nodes.values() if name in node.inputs]
 
 
-def trace(model: nn.Module, example: Tensor) -> Graph:
+def trace(model: nn.Module, example: Tensor, *, live: bool = False) -> Graph:
     """Return the ``Graph`` of a model in eval mode; ``example`` [batch, *shape] gives shape, dtype and device.
+
+    Rules of a ``live`` graph keep the parameters themselves, and all that is derived from them (|W|, folded scales)
+    with its history: bounds can be differentiated, once per graph. The others keep numbers.
 
     Raises ``InvalidModel`` for a model in train mode, with hooks, NaN weights, other dtypes or devices, and
     ``UnsupportedOperation``, with the module path and the remedy, for operations without a rule.
@@ -155,9 +163,11 @@ def trace(model: nn.Module, example: Tensor) -> Graph:
     check_model(model, example)
     root = model if registered(model) is None else nn.Sequential(OrderedDict(model=model))
     traced = symbolic_trace(root)
-    with torch.inference_mode(False), torch.no_grad():
-        graph = _Builder(model, root, traced, example).build()
-        check_values(graph, example)
+    with torch.inference_mode(False):
+        with torch.set_grad_enabled(live):
+            graph = _Builder(model, root, traced, example).build()
+        with torch.no_grad():
+            check_values(graph, example)
     return graph
 
 

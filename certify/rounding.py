@@ -46,10 +46,29 @@ def tiny(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).tiny
 
 
+class _NextBelow(torch.autograd.Function):
+    """The neighbouring float; rounding has no derivative, so gradients pass straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004 - nothing is saved
+        return torch.nextafter(x, torch.full_like(x, -torch.inf))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004
+        return grads[0]
+
+
+def next_below(x: Tensor) -> Tensor:
+    """Return the largest float below x, in its dtype; the derivative is 1."""
+    return _NextBelow.apply(x) if x.requires_grad else torch.nextafter(x, torch.full_like(x, -torch.inf))
+
+
 def round_down(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the largest convenient y <= x in ``dtype``. ``x`` is float64; NaN and infinities pass through."""
+    if x.dtype == dtype:
+        return x
     y = x.to(dtype)
-    below = torch.nextafter(y, torch.full_like(y, -torch.inf))
+    below = next_below(y)
     return torch.where(y.double() > x, below, y)
 
 
@@ -60,9 +79,8 @@ def round_up(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def step_down(x: Tensor, steps: int = 1) -> Tensor:
     """Return x moved ``steps`` units in the last place towards -inf: undoes that many roundings to nearest."""
-    low = torch.full_like(x, -torch.inf)
     for _ in range(steps):
-        x = torch.nextafter(x, low)
+        x = next_below(x)
     return x
 
 

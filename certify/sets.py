@@ -212,7 +212,7 @@ class LpBall(PerturbationSet):
         magnitude, cap = b.abs(), self._caps(b)
         radius = self.radius.expand(len(b)) if len(self.radius) == 1 else self.radius
         if not self._clipped:
-            dual = magnitude.amax(1) if self.p == 1 else magnitude.square().sum(1).sqrt()
+            dual = magnitude.amax(1) if self.p == 1 else torch.linalg.vector_norm(magnitude, dim=1)
             rise = radius * dual
         elif self.p == 1:
             rise = l1_dual(magnitude, cap, radius)
@@ -347,13 +347,14 @@ def box_infimum(A: Float[Tensor, "n rows *shape"], hull: Interval) -> Float64[Te
     ``hull`` is float64, [n or 1, *shape].
     """
     b = A.flatten(2).to(torch.float64, copy=True)
+    size = b.abs if torch.is_grad_enabled() else b.abs_  # in place once b itself has been used
     center = (hull.lower + hull.width / 2).flatten(1)
     half = step_up(torch.maximum(hull.upper.flatten(1) - center, center - hull.lower.flatten(1)))
     reach = half + gamma(b.shape[2] + 4, torch.float64) * (center.abs() + half)
     if len(center) == 1:  # one sample for all rows: matrix times vector
-        total = b @ center[0] - b.abs_() @ reach[0]
+        total = b @ center[0] - size() @ reach[0]
     else:
-        total = (torch.bmm(b, center[..., None]) - torch.bmm(b.abs_(), reach[..., None]))[..., 0]
+        total = (torch.bmm(b, center[..., None]) - torch.bmm(size(), reach[..., None]))[..., 0]
     return step_down(total, 2)
 
 

@@ -103,15 +103,15 @@ class KAF(nn.Module):
                 "KAF(num_parameters=channels), or 1 to share one function",
             )
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.alpha.dtype), torch.float32)
-        alpha, dictionary, gamma = (value.to(dtype) for value in (self.alpha, self.dictionary, self._gamma()))
+        alpha, dictionary, gamma = (value.to(dtype) for value in self.gaussian())
         y = gaussian_sum(x.to(dtype), alpha, dictionary, gamma).to(x.dtype)
         return y if self.base is None else self.base(x) + y
 
     def gaussian(
         self,
     ) -> tuple[Float[Tensor, "parameters size"], Float[Tensor, "size"], Float[Tensor, ""]]:
-        """Return alpha, the dictionary and gamma as the forward pass uses them, detached."""
-        return self.alpha.detach(), self.dictionary.detach(), self._gamma().detach()
+        """Return alpha, the dictionary and gamma as the forward pass uses them."""
+        return self.alpha, self.dictionary, self._gamma()
 
     def extra_repr(self) -> str:
         free = ", trainable=True" if self.trainable else ""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from certify import Activation, Curve, Interval, Smooth, register_activation
+from certify.activations.envelope import at_end
 from certify.activations.piecewise import PiecewiseLinear
 from certify.activations.smooth import Formula
 from certify.errors import UnsupportedOperation
@@ -15,10 +17,12 @@ from certify.graph import Call, build_rule
 from certify.ops.base import Elementwise
 from certify.rounding import gamma as gamma_n
 from certify.rounding import round_down, round_up, step_down, step_up, unit_roundoff
+from models.gaussian import gaussian_sum
 from models.kaf import KAF
 from models.kaf_table import Gaussians, Table
 
 STEEPEST = 1e3  # largest gamma: a table of steeper kernels would be long or coarse
+COARSER = 8  # times fewer nodes where a point within 1e-6 of a turning point will do
 
 
 @dataclass(frozen=True)
@@ -52,18 +56,30 @@ class SumCurve(Curve):
 class KAFFacts(Smooth):
     """f(s) = sum_i alpha_i exp(-gamma (s - d_i)^2) (+ base(s)), per channel: dimension 1 of the input."""
 
-    def __init__(self, kaf: KAF, base: Activation | None, sample_dims: int) -> None:
+    def __init__(self, kaf: KAF, base: Activation | None, sample_dims: int, *, live: bool = False) -> None:
         self.kaf, self.base, self.sample_dims = kaf, base, sample_dims
-        alpha, dictionary, gamma = kaf.gaussian()
-        self._sum = Gaussians(alpha.double(), dictionary.double(), float(gamma))
-        self._table, self._slopes = Table.of(self._sum), Table.of(self._sum, order=1)
+        self._live = tuple((value if live else value.detach()).double() for value in kaf.gaussian())
+        alpha, dictionary, gamma = (value.detach() for value in self._live)
+        self._sum = Gaussians(alpha, dictionary, float(gamma))
+
+    @cached_property
+    def _table(self) -> Table:
+        return Table.of(self._sum)
+
+    @cached_property
+    def _coarse(self) -> Table:
+        return Table.of(self._sum, coarser=COARSER)
+
+    @cached_property
+    def _slopes(self) -> Table:
+        return Table.of(self._sum, order=1)
 
     @classmethod
     def from_call(cls, call: Call) -> KAFFacts:
         """Read the module; a base must itself be a registered activation."""
         kaf, base = call.module, None
         assert isinstance(kaf, KAF)
-        if float(kaf.gaussian()[2]) > STEEPEST:
+        if float(kaf.gaussian()[2].detach()) > STEEPEST:
             raise UnsupportedOperation(
                 f"a KAF with gamma above {STEEPEST:g} at {call.name!r}",
                 "kernels that float64 can bound",
@@ -78,7 +94,7 @@ class KAFFacts(Smooth):
                     "an activation that is the same function for every channel",
                     "nn.ReLU(), nn.SiLU() or another activation of `certify ops`",
                 )
-        return cls(kaf, base, len(call.input_shape))
+        return cls(kaf, base, len(call.input_shape), live=torch.is_grad_enabled())  # see ``certify.graph.held``
 
     @classmethod
     def examples(cls) -> list[tuple[Activation, int]]:
@@ -93,7 +109,14 @@ class KAFFacts(Smooth):
         return [*found, (cls(small.eval(), PiecewiseLinear((0.0,), (0.0, 1.0)), 2), 4)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """The sum as written, in float64, then in the dtype of x: an evaluation of its own, beside the module's."""
+        """The sum as written, in float64, then in the dtype of x: an evaluation of its own, beside the module's.
+
+        That is for checks; where gradients are wanted it is the module's, which recomputes the terms.
+        """
+        if torch.is_grad_enabled() and any(value.requires_grad for value in (x, *self._live)):
+            flat = x.double().flatten(0, x.ndim - self.sample_dims - 1)
+            y = gaussian_sum(flat, *self._live).view(x.shape).to(x.dtype)
+            return y if self.base is None else self.base.forward(x) + y
         s, row = x.double().reshape(-1), self._channels(x.shape)
         y = torch.zeros_like(s)
         for alpha, d in zip(self._sum.alpha.t(), self._sum.dictionary, strict=True):
@@ -106,8 +129,21 @@ class KAFFacts(Smooth):
         return table if self.base is None else SumCurve(table, _curve_of(self.base, shape, device))
 
     def range(self, z: Interval) -> Interval:
-        """The ends and the turning points of the table; with a base, the branch and bound."""
-        return self._extremes(self._table, z) if self.base is None else super().range(z)
+        """The ends and the turning points of the table; with a base, the branch and bound.
+
+        Where gradients are wanted, f itself at its extreme points, with no margin for errors: a coarse table finds
+        them, for f is level there.
+        """
+        if self.base is not None:
+            return super().range(z)
+        if not self.moves(z):
+            return self._extremes(self._table, z)
+        wide, shape = z.double(), z.lower.shape
+        with torch.no_grad():
+            table = self._coarse.at(self._channels(shape))
+            places = table.places(wide.lower.reshape(-1), wide.upper.reshape(-1))
+        low, up = (self.forward(at_end(s.view(shape), wide)) for s in places)
+        return Interval(round_down(low, z.lower.dtype), round_up(up, z.lower.dtype))
 
     def slope_range(self, z: Interval) -> Interval:
         """Certified extremes of f' on z (on the whole line if z is), plus the base's."""

@@ -9,7 +9,7 @@ Abramowitz and Stegun 22.14.17). Such bounds times sum|alpha| are sound and usel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -98,11 +98,11 @@ class Table(Curve):
     channel: Int[Tensor, "n"]  # of the elements
 
     @classmethod
-    def of(cls, f: Gaussians, order: int = 0) -> Table:
-        """Tabulate; the table has no elements yet (see ``at``)."""
+    def of(cls, f: Gaussians, order: int = 0, *, coarser: int = 1) -> Table:
+        """Tabulate, with ``coarser`` times fewer nodes; the table has no elements yet (see ``at``)."""
         span, reach = (float(f.dictionary.min()), float(f.dictionary.max())), REACH / f.unit
         low, high = span[0] - reach, span[1] + reach
-        pieces = min(NODES, math.ceil((high - low) * f.unit * FINE))
+        pieces = min(NODES, math.ceil((high - low) * f.unit * FINE / coarser))
         nodes = torch.linspace(low, high, pieces + 1, dtype=torch.float64, device=f.alpha.device)
         h = (high - low) / pieces
         y, d = f.derivative(order, nodes), f.derivative(order + 1, nodes) * h
@@ -161,12 +161,27 @@ class Table(Curve):
         """Return [min, max] of f on [lower, upper], outward: the ends, and the extremes of the cubics inside."""
         ends = [self.values(end[None])[0][0] for end in (lower, upper)]
         low, up = torch.minimum(*ends), torch.maximum(*ends)
-        for place, value in zip(*self.turns, strict=True):
-            p, v = place[self.channel], value[self.channel]
-            inside = (lower <= p) & (p <= upper)
+        for _, v, inside in self._inner(lower, upper):
             low, up = torch.where(inside, torch.minimum(low, v), low), torch.where(inside, torch.maximum(up, v), up)
         error = self._limit(0, lower, upper)
         return low - error, up + error
+
+    def places(self, lower: Float64[Tensor, "n"], upper: Float64[Tensor, "n"]) -> tuple[Tensor, Tensor]:
+        """Return where f is smallest and where it is largest on [lower, upper]."""
+        first, last = (self.values(end[None])[0][0] for end in (lower, upper))
+        low, up = (torch.where(first * sign <= last * sign, lower, upper) for sign in (1, -1))
+        least, most = torch.minimum(first, last), torch.maximum(first, last)
+        for p, v, inside in self._inner(lower, upper):
+            below, above = inside & (v < least), inside & (v > most)
+            low, least = torch.where(below, p, low), torch.where(below, v, least)
+            up, most = torch.where(above, p, up), torch.where(above, v, most)
+        return low, up
+
+    def _inner(self, lower: Tensor, upper: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield turning points of every element with the values there, and whether they are in [lower, upper]."""
+        for place, value in zip(*self.turns, strict=True):
+            p, v = place[self.channel], value[self.channel]
+            yield p, v, (lower <= p) & (p <= upper)
 
 
 def _turns(low: float, step: float, cubic: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

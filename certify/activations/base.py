@@ -105,7 +105,7 @@ def middle_edge(s: Float[Tensor, "k *n"], v: Float[Tensor, "k *n"]) -> tuple[Ten
     """
     middle = (s[0] + s[-1]) / 2
     left_s, left_v, right_s, right_v = s[0], v[0], s[-1], v[-1]
-    slope = _slope(left_s, left_v, right_s, right_v)
+    slope = slope_between(left_s, left_v, right_s, right_v)
     for _ in range(min(len(s) - 1, 12)):
         top, index = torch.addcmul(v, s, slope, value=-1).max(0)
         line = torch.maximum(left_v - slope * left_s, right_v - slope * right_s)
@@ -117,11 +117,12 @@ def middle_edge(s: Float[Tensor, "k *n"], v: Float[Tensor, "k *n"]) -> tuple[Ten
         right = above & (new_s > middle)
         left_s, left_v = torch.where(left, new_s, left_s), torch.where(left, new_v, left_v)
         right_s, right_v = torch.where(right, new_s, right_s), torch.where(right, new_v, right_v)
-        slope = _slope(left_s, left_v, right_s, right_v)
+        slope = slope_between(left_s, left_v, right_s, right_v)
     return slope, left_v + slope * (middle - left_s)
 
 
-def _slope(s0: Tensor, v0: Tensor, s1: Tensor, v1: Tensor) -> Tensor:
+def slope_between(s0: Tensor, v0: Tensor, s1: Tensor, v1: Tensor) -> Tensor:
+    """Return the slope of the line through two points; 0 where they are one."""
     run = s1 - s0
     slope = (v1 - v0) / torch.where(run > 0, run, 1)
     return torch.where((run > 0) & torch.isfinite(slope), slope, 0)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from certify.activations.base import Activation, middle_edge, outward
+from certify.activations.base import Activation, middle_edge, outward, slope_between
 from certify.enclosures import Interval, Relaxation
 from certify.errors import UnsupportedOperation
 from certify.graph import Call
@@ -50,8 +50,12 @@ class PiecewiseLinear(Activation):
         return x.clamp(low, high) + (self.value - low)
 
     def range(self, z: Interval) -> Interval:
-        _, values = self._vertices(z)
         dtype = z.lower.dtype
+        if all(isinstance(slope, float) and slope >= 0 for slope in self.slopes):  # f does not fall: the ends decide
+            ends = z if self._exact_values else z.double()
+            low, up = self._values(ends.lower), self._values(ends.upper)
+            return Interval(round_down(low, dtype), round_up(up, dtype)).sanitized()
+        _, values = self._vertices(z)
         return Interval(round_down(values.amin(0), dtype), round_up(values.amax(0), dtype)).sanitized()
 
     def slope_range(self, z: Interval) -> Interval:
@@ -85,8 +89,7 @@ class PiecewiseLinear(Activation):
         if slopes is None:
             s, v = self._vertices(z)
             straight = self.slope_range(z)
-            upper = _exact(middle_edge(s, v)[0], straight, dtype)
-            lower = _exact(-middle_edge(s, -v)[0], straight, dtype)
+            lower, upper = (_exact(slope, straight, dtype) for slope in self._edges(s, v))
         else:
             shape = torch.broadcast_shapes(z.lower.shape, *(slope.shape for slope in slopes))
             z = Interval(z.lower.expand(shape), z.upper.expand(shape))
@@ -109,6 +112,16 @@ class PiecewiseLinear(Activation):
         """The largest constant of the formula."""
         return max(abs(self.value), *(abs(kink) for kink in self.kinks), 0.0)
 
+    def _edges(self, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The slopes of the edges at the middle of the lower and the upper hull of the vertices."""
+        if len(self.kinks) > 1:
+            return -middle_edge(s, -v)[0], middle_edge(s, v)[0]
+        chord = slope_between(s[0], v[0], s[-1], v[-1])
+        left, right = (torch.as_tensor(slope, dtype=torch.float64, device=s.device) for slope in self.slopes)
+        piece = torch.where(s[0] + s[-1] >= 2 * self.kinks[0], right, left)
+        convex = right >= left
+        return torch.where(convex, piece, chord), torch.where(convex, chord, piece)
+
     def _vertices(self, z: Interval) -> tuple[Tensor, Tensor]:
         """The ends and the kinks inside [k, batch, *shape] with their values; float64, exact up to one rounding."""
         low, high = z.lower.double(), z.upper.double()
@@ -126,7 +139,7 @@ class PiecewiseLinear(Activation):
             if 0 < piece < len(self.kinks):
                 run = run.clamp(max=self.kinks[piece] - begin)
             factor = torch.as_tensor(slope, dtype=torch.float64, device=s.device)
-            v = v + torch.where(factor == 0, 0, factor * run)
+            v = v + torch.where((factor == 0) & run.isinf(), 0, factor * run)
         return self.value + v
 
 
@@ -148,6 +161,13 @@ class ReLU(PiecewiseLinear):
     @classmethod
     def from_call(cls, call: Call) -> ReLU:
         return cls((0.0,), (0.0, 1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(min=0)
+
+    def _values(self, s: Tensor) -> Tensor:
+        """Exact."""
+        return s.clamp(min=0)
 
 
 @register_activation(torch.abs, "abs")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from certify.activations.base import Activation, outward
 from certify.activations.enclose import Curve, certified_lines
+from certify.activations.envelope import moving
 from certify.enclosures import Interval, Relaxation
 from certify.errors import UnsupportedOperation
 from certify.graph import Call
@@ -42,7 +43,23 @@ class Smooth(Activation):
         return Interval(flat.lower_offset, flat.upper_offset)
 
     def lines(self, z: Interval, slopes: tuple[Tensor, Tensor] | None) -> Relaxation:
-        """Of our choice: on each side the line of smallest area, or the parallel to the chord if that burdens less."""
+        """Of our choice: on each side the line of smallest area, or the parallel to the chord if that burdens less.
+
+        They move with the ends of z and the parameters of f where gradients are wanted, one line per element.
+        """
+        if not self.moves(z) or (slopes is not None and slopes[0].ndim > z.lower.ndim):
+            return self._search(z, slopes)
+        with torch.no_grad():
+            found, curve = self._search(z, slopes), self.curve(z.lower.shape, z.lower.device)
+        return moving(self.forward, lambda s: curve.values(s.flatten(1))[0].view(s.shape), z, found, slopes)
+
+    def moves(self, z: Interval) -> bool:
+        """Whether bounds over z are to be differentiated: in z, or in parameters of f."""
+        if not torch.is_grad_enabled():
+            return False
+        return z.lower.requires_grad or z.upper.requires_grad or self.forward(z.lower).requires_grad
+
+    def _search(self, z: Interval, slopes: tuple[Tensor, Tensor] | None) -> Relaxation:
         shape, dtype, n = z.lower.shape, z.lower.dtype, z.lower.numel()
         curve = self.curve(shape, z.lower.device)
         if slopes is not None:  # leading dimensions of the slopes share the grids of z

@@ -98,9 +98,10 @@ class Affine(Rule):
 
     def transpose(self, A: Tensor) -> tuple[Tensor, ...]:
         """Return W^T A per input."""
+        again = torch.is_grad_enabled()  # whoever trains differentiates the adjoint in A and in the weights
         with torch.inference_mode(False), torch.enable_grad():
             zeros = [A.new_zeros((len(A), *shape), requires_grad=True) for shape in self.input_shapes]
-            return torch.autograd.grad(self.linear(*zeros), zeros, A)
+            return torch.autograd.grad(self.linear(*zeros), zeros, A, create_graph=again)
 
     def forward(self, *xs: Tensor) -> Tensor:
         y = self.linear(*xs)

@@ -36,8 +36,8 @@ class Conv(Affine):
         input_shape: tuple[int, ...],
     ) -> None:
         self.dims = weight.ndim - 2
-        self.weight, self.magnitude = weight.detach(), weight.detach().abs()
-        self.bias = None if bias is None else bias.detach().view(-1, *[1] * self.dims)
+        self.weight, self.magnitude = weight, weight.abs()
+        self.bias = None if bias is None else bias.view(-1, *[1] * self.dims)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.input_shapes = (input_shape,)
         kernel = math.prod(weight.shape[2:])
@@ -131,8 +131,8 @@ class ConvTranspose(Affine):
         input_shape: tuple[int, ...],
     ) -> None:
         self.dims = weight.ndim - 2
-        self.weight, self.magnitude = weight.detach(), weight.detach().abs()
-        self.bias = None if bias is None else bias.detach().view(-1, *[1] * self.dims)
+        self.weight, self.magnitude = weight, weight.abs()
+        self.bias = None if bias is None else bias.view(-1, *[1] * self.dims)
         self.stride, self.padding, self.output_padding = stride, padding, output_padding
         self.dilation, self.groups = dilation, groups
         self.input_shapes = (input_shape,)

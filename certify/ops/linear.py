@@ -14,7 +14,7 @@ class Linear(Affine):
     """y = W x + b on the last dimension."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.weight, self.bias = weight, bias
         self.magnitude = self.weight.abs()
         self.fan_out, self.fan_in = weight.shape
 

@@ -115,8 +115,8 @@ class MaxPool(Rule):
         reach = (up - floor[..., None]).clamp(min=0)
         run = (up - torch.maximum(low, torch.full_like(low, -1e300))).clamp(min=1e-300)
         chord = torch.where(reach > 0, (reach / run).clamp(max=1), 0).to(dtype).double()
-        base = torch.where(reach > 0, torch.maximum(-chord * (low - floor[..., None]),
-                                                    reach - chord * (up - floor[..., None])), 0)  # fmt: skip
+        below, above = ((end - floor[..., None]).clamp(min=-1e300) for end in (low, up))  # 0 times inf is NaN
+        base = torch.where(reach > 0, torch.maximum(-chord * below, reach - chord * above), 0)
         chord_offset = floor + base.sum(-1) - (chord * floor[..., None]).sum(-1)
         middle = torch.where(reach > 0, (low + up) / 2, 0)
         at_middle = (chord * middle).sum(-1) + chord_offset
