@@ -19,7 +19,7 @@ from certify.rounding import gamma as gamma_n
 from certify.rounding import round_down, round_up, step_down, step_up, unit_roundoff
 from models.gaussian import gaussian_sum
 from models.kaf import KAF
-from models.kaf_table import Gaussians, Table
+from models.kaf_table import Gaussians, Table, tabulated
 
 STEEPEST = 1e3  # largest gamma: a table of steeper kernels would be long or coarse
 COARSER = 8  # times fewer nodes where a point within 1e-6 of a turning point will do
@@ -64,7 +64,7 @@ class KAFFacts(Smooth):
 
     @cached_property
     def _table(self) -> Table:
-        return Table.of(self._sum)
+        return tabulated(self._sum)
 
     @cached_property
     def _coarse(self) -> Table:
@@ -72,7 +72,7 @@ class KAFFacts(Smooth):
 
     @cached_property
     def _slopes(self) -> Table:
-        return Table.of(self._sum, order=1)
+        return tabulated(self._sum, order=1)
 
     @classmethod
     def from_call(cls, call: Call) -> KAFFacts:

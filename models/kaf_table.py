@@ -9,6 +9,7 @@ Abramowitz and Stegun 22.14.17). Such bounds times sum|alpha| are sound and usel
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -203,3 +204,18 @@ def _turns(low: float, step: float, cubic: tuple[Tensor, ...]) -> tuple[Tensor, 
     place, order = place.sort(1)
     count = int(kept.sum((0, 2)).max())
     return place[:, :count].t().contiguous(), value.gather(1, order)[:, :count].t().contiguous()
+
+
+KEPT = 64  # tables at most, of some 100 KB each
+_tables: OrderedDict[tuple[object, ...], Table] = OrderedDict()
+
+
+def tabulated(f: Gaussians, order: int = 0) -> Table:
+    """Return ``Table.of(f, order)``, made once for equal parameters: every proof traces its network anew."""
+    numbers = (tuple(part.cpu().numpy().tobytes() for part in (f.alpha, f.dictionary)), f.gamma)
+    key = (*numbers, f.alpha.shape, f.alpha.device, order)
+    table = _tables.pop(key, None)
+    _tables[key] = Table.of(f, order) if table is None else table
+    if len(_tables) > KEPT:
+        _tables.popitem(last=False)
+    return _tables[key]
