@@ -3,7 +3,8 @@
     python tests/benchmarks/crown.py            the table
     python tests/benchmarks/crown.py NET TOOL   one case, JSON
 
-20 images (the first correctly classified ones) of each net; trace time included. "below published" is the smallest (margin - published) / (1 + |published|). Needs ../shared/data.
+20 images (the first correctly classified ones) of each net; trace time included. "below published" is the smallest
+(margin - published) / (1 + |published|). Needs ../shared/data.
 """
 
 from __future__ import annotations
