@@ -36,7 +36,7 @@ Lines = tuple[Tensor, Tensor]
 
 
 def check_activation(facts: Activation, channels: int = 1, *, seed: int = 0, cases: int = 200) -> None:
-    """Range, slope range, lines (best and for random alpha) and rounding error of ``facts`` hold on random intervals.
+    """Range, slope range, lines (best, for random alpha, the fan's) and rounding error hold on random intervals.
 
     The reference is ``facts.forward`` in float64.
 
@@ -59,6 +59,8 @@ def check_activation(facts: Activation, channels: int = 1, *, seed: int = 0, cas
         for alpha in (None, (alphas[0], alphas[1])):
             r = facts.relax(z, alpha)
             _check_lines(facts, z, (r.lower_slope, r.lower_offset), (r.upper_slope, r.upper_offset))
+        fan = facts.fan(z)
+        _check_lines(facts, z, (fan.lower_slope, fan.lower_offset), (fan.upper_slope, fan.upper_offset))
         _check_range(facts, z)
 
 

@@ -26,8 +26,8 @@ from certify.ops.conv import Conv, ConvTranspose
 from certify.ops.linear import Linear
 from certify.ops.pool import MaxPool
 from certify.ops.shape import Select
-from certify.propagate import methods
-from certify.propagate.backward import Rows
+from certify.propagate import methods, optimize
+from certify.propagate.backward import Neurons, Rows
 from certify.propagate.state import Knowledge
 from certify.sets import LpBall
 from models import kaf_table
@@ -365,3 +365,25 @@ def constants_of_negated_rows_kept(patch: Patch) -> None:
 def ties_taken_for_proofs(patch: Patch) -> None:
     before = methods.Propagation.bound
     patch.setattr(methods.Propagation, "bound", _keep(before, lambda lower: lower + 1e-6))
+
+
+@mutant(check.optimised_rows)
+def places_beyond_the_fan(patch: Patch) -> None:
+    """Steps that are not projected back leave the certified lines."""
+    patch.setattr(
+        optimize.Places, "climb", lambda self, gradient, step, length: self.at.add_(gradient.sign(), alpha=length)
+    )
+
+
+@mutant(check.optimised_rows)
+def lines_chosen_by_the_wrong_sign(patch: Patch) -> None:
+    before = optimize.Slopes.choose
+    patch.setattr(optimize.Slopes, "choose", lambda self, A: before(self, -A))
+
+
+@mutant(check.optimised_rows)
+def both_ends_from_the_same_sign(patch: Patch) -> None:
+    before = Neurons.rows
+    patch.setattr(
+        Neurons, "rows", lambda self, index, sign=None: before(self, index, None if sign is None else sign.abs())
+    )

@@ -23,7 +23,7 @@ from certify.sets import LpBall
 from certify.testing import check_activation, check_op, check_set
 
 
-def sound(model: nn.Module, domain: certify.PerturbationSet, method: str = "crown") -> None:
+def sound(model: nn.Module, domain: certify.PerturbationSet, method: str | certify.AlphaCROWN = "crown") -> None:
     """Bounds of outputs and nodes hold at corners, faces and random points, in several orders of summation."""
     generator = torch.Generator().manual_seed(0)
     found, execute = certify.layer_bounds(model, domain, method), AnyOrder(graph_of(model, domain))
@@ -87,6 +87,16 @@ def residual() -> None:
 def strided_convolution() -> None:
     """A stride that drops the last row and column."""
     check_op(nn.Conv2d(2, 3, 3, stride=2), (2, 6, 8))
+
+
+def optimised_rows() -> None:
+    """Rows and intervals with optimised slopes, in long steps; dense, with windows, and for a smooth activation."""
+    method = certify.AlphaCROWN(steps=4, inner_steps=4, lr=5.0)
+    sound(dense("relu"), _ball(), method)
+    sound(dense("kaf"), _ball(), method)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Conv1d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3))
+    sound(net.eval(), _ball((2, 16)), method)
 
 
 def window_rows() -> None:
