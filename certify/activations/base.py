@@ -90,6 +90,10 @@ class Activation(ABC):
         """Return a family of sound lines over z, among them those of ``relax(z)``: see ``Fan``."""
         return spread(z, self.slope_range(z), self.lines, self.fan_size)
 
+    def second_lines(self, z: Interval) -> Relaxation | None:
+        """Return another good pair of lines, if there is one that is cheap: a row may be bounded better by it."""
+        return None
+
     def describe(self) -> dict[str, Any]:
         """Return extra facts for reports (none by default)."""
         return {}

@@ -212,7 +212,7 @@ def _guess(cells: _Cells, f: Tensor, tangent: Tensor) -> tuple[tuple[Tensor, ...
 
 
 def _first(
-    curve: Curve, lower: Tensor, upper: Tensor, slopes: Float64[Tensor, "2 k n"] | None
+    curve: Curve, lower: Tensor, upper: Tensor, slopes: Float64[Tensor, "2 k n"] | None, least_area: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return from one grid, [2, k, n] for lines above -f and above f: slopes, offsets, whether these are good enough,
     and whether the slopes are settled, as given ones are and those of chords.
@@ -223,6 +223,7 @@ def _first(
         if slopes is None:
             area, chord = _guess(mine, *_middle(curve, mine, sign))
             settled = _burden(mine, chord[0], chord[2]) < _burden(mine, area[0], area[2])
+            settled = torch.zeros_like(settled) if least_area else settled
             slope, offset, _, done = (torch.where(settled, *pair)[None] for pair in zip(chord, area, strict=True))
             found.append((slope, offset, done, settled[None]))
         else:
@@ -258,19 +259,24 @@ def certified_lines(
     lower: Float64[Tensor, "n"],
     upper: Float64[Tensor, "n"],
     slopes: tuple[Tensor, Tensor] | None = None,
+    *,
+    least_area: bool = False,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return (slope, offset) of k lines below and of k lines above each f on [lower, upper], all float64 [k, n].
 
     With ``slopes`` = (lower, upper) given, each [k, n], the offsets are the best for them; zeros give the range of f.
-    Without, k is 1 and a line is that of smallest area, or the one parallel to the chord where that is nearer to f in
-    the mean and at the worse end (``_burden``). Intervals that are not finite get infinite offsets.
+    Without, k is 1 and a line is that of smallest area or, unless ``least_area`` is asked for, the one parallel to the
+    chord where that is nearer to f in the mean and at the worse end (``_burden``). Intervals that are not finite get
+    infinite offsets.
     Sound because every cell's slack is added; close to optimal where the branch and bound converged (see the head).
     """
     finite = (lower.abs() < 1e30) & (upper.abs() < 1e30) & (lower <= upper)
     lower, upper = torch.where(finite, lower, 0), torch.where(finite, upper, 0)
     given = None if slopes is None else torch.stack([-slopes[0], slopes[1]])
     chunks = torch.arange(len(lower), device=lower.device).split(CHUNK)
-    found = [_first(curve.take(i), lower[i], upper[i], None if given is None else given[..., i]) for i in chunks]
+    found = [
+        _first(curve.take(i), lower[i], upper[i], None if given is None else given[..., i], least_area) for i in chunks
+    ]
     slope, offset, done, settled = (torch.cat(column, -1) for column in zip(*found, strict=True))
     for side, kind in itertools.product((0, 1), (False, True)):
         for rest in (~done[side] & (settled[side] == kind)).nonzero().split(CHUNK):

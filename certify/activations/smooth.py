@@ -59,14 +59,15 @@ class Smooth(Activation):
             return False
         return z.lower.requires_grad or z.upper.requires_grad or self.forward(z.lower).requires_grad
 
-    def _search(self, z: Interval, slopes: tuple[Tensor, Tensor] | None) -> Relaxation:
+    def _search(self, z: Interval, slopes: tuple[Tensor, Tensor] | None, *, least_area: bool = False) -> Relaxation:
         shape, dtype, n = z.lower.shape, z.lower.dtype, z.lower.numel()
         curve = self.curve(shape, z.lower.device)
         if slopes is not None:  # leading dimensions of the slopes share the grids of z
             shape = torch.broadcast_shapes(shape, slopes[0].shape, slopes[1].shape)
             lower_slope, upper_slope = (slope.to(dtype).double().expand(shape).reshape(-1, n) for slope in slopes)
             slopes = lower_slope, upper_slope
-        low, up = certified_lines(curve, z.lower.double().reshape(-1), z.upper.double().reshape(-1), slopes)
+        ends = z.lower.double().reshape(-1), z.upper.double().reshape(-1)
+        low, up = certified_lines(curve, *ends, slopes, least_area=least_area)
         return outward(dtype, *((slope.view(shape), offset.view(shape)) for slope, offset in (low, up)))
 
 
@@ -114,6 +115,10 @@ class ClosedForm(Smooth):
     @classmethod
     def examples(cls) -> list[tuple[Activation, int]]:
         return [(cls(), 1)]
+
+    def second_lines(self, z: Interval) -> Relaxation:
+        """The lines of smallest area, also where ``lines`` has chosen others."""
+        return self._search(z, None, least_area=True)
 
     def curve(self, shape: torch.Size, device: torch.device) -> Curve:
         return self.formula()

@@ -16,7 +16,7 @@ from certify.enclosures import Interval
 from certify.errors import InvalidInput
 from certify.graph import Graph, Node
 from certify.propagate.backward import Neurons, Rows, blocks, claim_rows, most_rows
-from certify.propagate.methods import CROWN, Propagation, spec_rows, sweep
+from certify.propagate.methods import CROWN, Propagation, finite, sweep
 from certify.propagate.optimize import optimize
 from certify.propagate.state import Knowledge
 from certify.registry import register_method
@@ -40,6 +40,7 @@ class AlphaCROWN(Propagation):
     """
 
     name: ClassVar[str] = "alpha-crown"
+    twice: ClassVar[bool] = True
     steps: int = 20
     lr: float = 0.4
     intermediate: str = "refine"
@@ -64,8 +65,7 @@ class AlphaCROWN(Propagation):
         """Return lower bounds of the rows, never worse than those of CROWN."""
         deadline = time.monotonic() + self.time_limit
         knowledge = self.learn(graph, domain, arithmetic)
-        margin = torch.fmax(spec_rows(knowledge, spec, relax=False), spec_rows(knowledge, spec, relax=True))
-        margin = self._climb(knowledge, spec, margin, deadline)
+        margin = self._climb(knowledge, spec, self.rows(knowledge, spec), deadline)
         todo = (margin <= self.goal).any(1).nonzero()[:, 0]
         if self.intermediate == "refine" and len(todo) and time.monotonic() < deadline:
             claim = spec.take(todo)
@@ -74,7 +74,7 @@ class AlphaCROWN(Propagation):
             known = {name: interval[todo] for name, interval in knowledge.intervals.items()}
             tighter = sweep(fresh, tighten, known=known)
             margin[todo] = self._climb(tighter, claim, margin[todo], deadline)
-        return margin.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+        return finite(margin)
 
     def _climb(
         self, knowledge: Knowledge, spec: Spec, margin: Tensor, deadline: float

@@ -39,18 +39,30 @@ class Propagation:
     """What the three methods share: learn the intervals of all nodes, then bound the rows from the output."""
 
     relax: ClassVar[bool] = True
+    twice: ClassVar[bool] = False  # whether the rows are bounded by the activations' second lines too
 
     def learn(self, graph: Graph, domain: PerturbationSet, arithmetic: Arithmetic) -> Knowledge:
         """Return the intervals of every node."""
         return propagate_intervals(Knowledge(graph, domain, arithmetic))
 
     def bound(self, graph: Graph, domain: PerturbationSet, spec: Spec, arithmetic: Arithmetic) -> Tensor:
-        """Return lower bounds of the rows; those of a relaxing method are never worse than its own intervals give."""
-        knowledge = self.learn(graph, domain, arithmetic)
+        """Return lower bounds of the rows C y + d."""
+        return finite(self.rows(self.learn(graph, domain, arithmetic), spec))
+
+    def rows(self, knowledge: Knowledge, spec: Spec) -> Float64[Tensor, "batch rows"]:
+        """Return what the intervals give; those of a relaxing method are never worse than one step of IBP."""
         margin = spec_rows(knowledge, spec, relax=False)
         if self.relax:
             margin = torch.fmax(margin, spec_rows(knowledge, spec, relax=True))
-        return margin.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+        other = knowledge.second() if self.twice else None
+        if other is not None:
+            margin = torch.fmax(margin, spec_rows(other, spec, relax=True))
+        return margin
+
+
+def finite(margin: Tensor) -> Tensor:
+    """Return -inf, which says nothing, for whatever is no number."""
+    return margin.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
 
 
 @register_method("ibp")
@@ -80,6 +92,7 @@ class CROWN(Propagation):
     """
 
     name: ClassVar[str] = "crown"
+    twice: ClassVar[bool] = True
     intermediate: Mapping[str, Interval] = field(default_factory=dict)
 
     def learn(self, graph: Graph, domain: PerturbationSet, arithmetic: Arithmetic) -> Knowledge:

@@ -110,6 +110,15 @@ class Knowledge:
             self._lines[node.name] = self.absorb(node, relaxation)
         return self._lines[node.name]
 
+    def second(self) -> Knowledge | None:
+        """Return the same intervals with the activations' second choices of lines; None where there are none."""
+        twin = Knowledge(self.graph, self.domain, self.arithmetic, self.intervals)
+        for node in self.graph.nodes.values():
+            other = node.rule.facts.second_lines(*self.inputs(node)) if isinstance(node.rule, Elementwise) else None
+            if other is not None:
+                twin._lines[node.name] = twin.absorb(node, other)
+        return twin if twin._lines else None
+
     def fan(self, node: Node) -> tuple[Relaxation, Tensor, Tensor]:
         """Return the fan of an activation's lines [K, batch, *shape], with all absorbed, and where its best lines are.
 

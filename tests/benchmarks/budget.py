@@ -48,7 +48,8 @@ def main() -> None:
         for budget, row in found.items():
             same = row["verdicts"] == found["none"]["verdicts"]
             gap = max(abs(a - b) for a, b in zip(row["lower"], found["none"]["lower"], strict=True))
-            print(f"{method:12} budget {budget:6} {row['memory']:6.0f} MB, holds {row['verdicts'].count('HOLDS')} of 10, "
+            proved = row["verdicts"].count("HOLDS")
+            print(f"{method:12} budget {budget:6} {row['memory']:6.0f} MB, {proved} of 10 proved, "
                   f"{'the same verdicts' if same else 'OTHER VERDICTS'}, margins within {gap:.1e}")  # fmt: skip
 
 
