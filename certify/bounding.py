@@ -63,7 +63,7 @@ def layer_bounds(
     """
     chosen = resolve_method(method)
     if not isinstance(chosen, Propagation):
-        raise InvalidInput(f"method {chosen.name!r} has no layer bounds", "ibp, crown-ibp or crown")
+        raise InvalidInput(f"method {chosen.name!r} has no layer bounds", "ibp, crown-ibp, crown or alpha-crown")
     graph = prepare(model, domain)
     with torch.no_grad():
         knowledge = chosen.learn(graph, domain, resolve_arithmetic(arithmetic, graph.dtype))

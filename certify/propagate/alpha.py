@@ -58,23 +58,27 @@ class AlphaCROWN(Propagation):
             )
 
     def learn(self, graph: Graph, domain: PerturbationSet, arithmetic: Arithmetic) -> Knowledge:
-        """The intervals that all start from: those of CROWN."""
-        return CROWN().learn(graph, domain, arithmetic)
+        """Return CROWN's intervals, tightened unless they are to stay fixed."""
+        knowledge, deadline = CROWN().learn(graph, domain, arithmetic), time.monotonic() + self.time_limit
+        everything = torch.arange(domain.batch, device=graph.device)
+        return knowledge if self.intermediate == "fixed" else self._refined(knowledge, everything, deadline)
 
     def bound(self, graph: Graph, domain: PerturbationSet, spec: Spec, arithmetic: Arithmetic) -> Tensor:
         """Return lower bounds of the rows, never worse than those of CROWN."""
         deadline = time.monotonic() + self.time_limit
-        knowledge = self.learn(graph, domain, arithmetic)
+        knowledge = CROWN().learn(graph, domain, arithmetic)
         margin = self._climb(knowledge, spec, self.rows(knowledge, spec), deadline)
         todo = (margin <= self.goal).any(1).nonzero()[:, 0]
         if self.intermediate == "refine" and len(todo) and time.monotonic() < deadline:
-            claim = spec.take(todo)
-            tighten = partial(self._tighten, deadline=deadline)
-            fresh = Knowledge(graph, domain.take(todo), arithmetic)
-            known = {name: interval[todo] for name, interval in knowledge.intervals.items()}
-            tighter = sweep(fresh, tighten, known=known)
-            margin[todo] = self._climb(tighter, claim, margin[todo], deadline)
+            tighter = self._refined(knowledge, todo, deadline)
+            margin[todo] = self._climb(tighter, spec.take(todo), margin[todo], deadline)
         return finite(margin)
+
+    def _refined(self, knowledge: Knowledge, samples: Tensor, deadline: float) -> Knowledge:
+        """Tighten what activations read, from the input on, each node on top of the ones before it."""
+        known = {name: interval[samples] for name, interval in knowledge.intervals.items()}
+        fresh = Knowledge(knowledge.graph, knowledge.domain.take(samples), knowledge.arithmetic)
+        return sweep(fresh, partial(self._tighten, deadline=deadline), known=known)
 
     def _climb(
         self, knowledge: Knowledge, spec: Spec, margin: Tensor, deadline: float

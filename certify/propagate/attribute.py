@@ -64,7 +64,7 @@ def explain(
     """
     chosen = resolve_method(method)
     if not isinstance(chosen, Propagation):
-        raise InvalidInput(f"method {chosen.name!r} cannot be explained", "ibp, crown-ibp or crown")
+        raise InvalidInput(f"method {chosen.name!r} cannot be explained", "ibp, crown-ibp, crown or alpha-crown")
     graph = prepare(model, domain)
     if spec is None:
         eye = torch.eye(torch.Size(graph.shape(graph.output)).numel(), dtype=graph.dtype, device=graph.device)

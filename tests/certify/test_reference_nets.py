@@ -1,6 +1,7 @@
 """The reference networks: our CROWN against published-tool bounds and the independent oracle, in real arithmetic."""
 
 import importlib.util
+import math
 
 import pytest
 import torch
@@ -28,11 +29,20 @@ def _not_below(margin, want):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RELU_NETS)
+@pytest.mark.parametrize("name", (*RELU_NETS, "cifar_conv_small_sigmoid"))
 def test_crown_is_never_below_the_reference_and_proves_as_many(name):
     model, domain, spec, want = _question(name, 20)
     found = certify.prove(model, domain, spec, "crown", arithmetic="real")
     assert _not_below(found.margin.lower, want)
+    assert int(found.holds.sum()) >= int((want > 0).all(1).sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mnist_6x100_nat", "mnist_fc_256x2", "mnist_cnn_a_adv", "cifar_cnn_a_adv"])
+def test_optimised_slopes_beat_the_reference_on_average(name):
+    model, domain, spec, want = _question(name, 10, "alpha-CROWN")
+    found = certify.prove(model, domain, spec, certify.AlphaCROWN(steps=20, goal=math.inf), arithmetic="real")
+    assert float(found.margin.lower.mean()) >= float(want.mean())
     assert int(found.holds.sum()) >= int((want > 0).all(1).sum())
 
 
@@ -80,7 +90,7 @@ def _with_our_kafs(model):
     return model
 
 
-@pytest.mark.parametrize(("radius", "proved"), [(0.005, 20), (0.01, 18), (0.015, 13)])
+@pytest.mark.parametrize(("radius", "proved"), [(0.005, 20), (0.01, 18), (0.015, 13), (0.02, 8)])
 @pytest.mark.parametrize("arithmetic", ["real", "float"])
 def test_kaf_networks_are_bounded_tightly(radius, proved, arithmetic):
     model, images, labels, _ = load_case("mnist_kaf_2x32")
@@ -89,4 +99,14 @@ def test_kaf_networks_are_bounded_tightly(radius, proved, arithmetic):
     ours = _with_our_kafs(model)
     domain = certify.LpBall(images[index], radius, clip=(0.0, 1.0))
     found = certify.prove(ours, domain, certify.class_margins(labels[index], 10), "crown", arithmetic=arithmetic)
+    assert int(found.holds.sum()) >= proved
+
+
+@pytest.mark.parametrize(("radius", "proved"), [(0.01, 18), (0.015, 14), (0.02, 8)])
+def test_kaf_networks_gain_from_optimised_slopes(radius, proved):
+    model, images, labels, _ = load_case("mnist_kaf_2x32")
+    index = (model(images[:40]).argmax(1) == labels[:40]).nonzero()[:20, 0]
+    domain = certify.LpBall(images[index], radius, clip=(0.0, 1.0))
+    method = certify.AlphaCROWN(steps=40, inner_steps=20)
+    found = certify.prove(_with_our_kafs(model), domain, certify.class_margins(labels[index], 10), method)
     assert int(found.holds.sum()) >= proved
