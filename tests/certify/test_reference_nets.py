@@ -29,7 +29,7 @@ def _not_below(margin, want):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", (*RELU_NETS, "cifar_conv_small_sigmoid"))
+@pytest.mark.parametrize("name", [*RELU_NETS, "cifar_conv_small_sigmoid"])
 def test_crown_is_never_below_the_reference_and_proves_as_many(name):
     model, domain, spec, want = _question(name, 20)
     found = certify.prove(model, domain, spec, "crown", arithmetic="real")
