@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from certify.graph import INPUT, Node
-from certify.ops.base import Affine, Elementwise, inner
+from certify.graph import Node
+from certify.ops.base import Affine, inner
 from certify.propagate.backward import Groups, Rows
+from certify.propagate.worst import met, on_lines, whole, worst
 
 STEPS = 3  # of the descent; more change a trained network's gains by less than 1 %
 PLACES = tuple(i / 8 for i in range(9))  # where a step looks between two points
@@ -38,26 +39,16 @@ class Pulled:
 
     def push(self) -> dict[str, Tensor]:
         """Return the values [groups, rows, *shape] at each row's worst point (their pulled-back parts: state.py)."""
-        values = {self.entry: self._worst()}
+        values = {self.entry: worst(self.rows, self.entry, self.end)}
         for node in reversed(self.rows.visited):
-            bare = node.rule.carries or isinstance(node.rule, Elementwise)
-            inputs = [values[name] if bare else _whole(self.rows, name, values[name]) for name in node.inputs]
+            inputs = met(self.rows, node, values)
             if isinstance(node.rule, Affine):
                 value = node.rule.linear(*(v.flatten(0, 1) for v in inputs)).unflatten(0, inputs[0].shape[:2])
             else:
-                value = _on_lines(self.before[node.name], node, inputs[0])
+                before = self.before[node.name]
+                value = on_lines(node, before.pending[node.name], before.lines(node), inputs[0])
             values[node.name] = value
         return values
-
-    def _worst(self) -> Tensor:
-        """The point of the domain at which a row's linear function is smallest."""
-        knowledge, A = self.rows.knowledge, self.end
-        if self.entry != INPUT or knowledge.domain.is_box:
-            hull, _ = knowledge.hull(self.entry)
-            lower, upper = (self.rows.of_sample(self.entry, end.to(A.dtype)) for end in (hull.lower, hull.upper))
-            return torch.where(A > 0, lower, upper)
-        every = knowledge.domain.take(_groups(self.rows).sample.repeat_interleave(A.shape[1]))
-        return every.steepest(-A.flatten(0, 1)).unflatten(0, A.shape[:2])
 
 
 def gain(pulled: Pulled, node: Node, values: dict[str, Tensor]) -> Float64[Tensor, "rows"]:
@@ -68,7 +59,7 @@ def gain(pulled: Pulled, node: Node, values: dict[str, Tensor]) -> Float64[Tenso
     """
     rows, source, bound = pulled.before[node.name], node.inputs[0], pulled.bound
     A = rows.pending[node.name]
-    z, rest = _whole(rows, source, values[source]), bound - inner(A, values[node.name])
+    z, rest = whole(rows, source, values[source]), bound - inner(A, values[node.name])
     for _ in range(STEPS):
         value, slope = _tangent(node, A, z)
         tangent = _copy(rows)
@@ -77,7 +68,7 @@ def gain(pulled: Pulled, node: Node, values: dict[str, Tensor]) -> Float64[Tenso
         tangent.settle_rider(source, slope)
         tangent.add(source, slope)
         other = Pulled(tangent)
-        step = _whole(rows, source, other.push()[source]) - z
+        step = whole(rows, source, other.push()[source]) - z
         change = other.bound - value - inner(slope, step) - rest
         found = torch.stack([_exact(node, A, z + t * step) + rest + t * change for t in PLACES])
         place = torch.tensor(PLACES, dtype=torch.float64, device=z.device)[found.argmin(0)]
@@ -97,21 +88,6 @@ def _tangent(node: Node, A: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         z = z.detach().requires_grad_()
         value = _exact(node, A, z)
         return value.detach(), torch.autograd.grad(value.sum(), z)[0]
-
-
-def _on_lines(rows: Rows, node: Node, v: Tensor) -> Tensor:
-    """The values at v of the lines that the rows choose: d/dA of what ``pull_back`` makes of <A, y>."""
-    with torch.enable_grad():
-        A = rows.pending[node.name].detach().requires_grad_()
-        (pulled,), constant = node.rule.pull_back(A, rows.lines(node))
-        total = inner(pulled, v).sum()
-        return torch.autograd.grad(total if constant is None else total + constant.sum(), A)[0]
-
-
-def _whole(rows: Rows, name: str, v: Tensor) -> Tensor:
-    """The values of ``name`` whose pulled-back part is v."""
-    constant = rows.knowledge.rider(name).constant
-    return v if constant is None else v + rows.of_sample(name, constant.to(v.dtype))
 
 
 def _copy(rows: Rows) -> Rows:

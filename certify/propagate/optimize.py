@@ -22,10 +22,11 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 
 from certify.enclosures import Relaxation
-from certify.graph import INPUT, Node
+from certify.graph import Node
 from certify.ops.base import Affine, Elementwise
 from certify.propagate.backward import Rows
 from certify.propagate.state import Knowledge
+from certify.propagate.worst import met, on_lines, worst
 
 MOMENTS = (0.5, 0.9)  # of Adam: short memories, since only a few steps are taken
 DECAY = 0.9  # of the step length, per step
@@ -160,9 +161,9 @@ class Climb:
     def step(self, tape: Tape, count: int, length: float) -> None:
         """Push the worst input of every row forward and climb along the gradients that it meets."""
         entry, rows = self.knowledge.entry, tape.rows
-        values = {entry: self._worst(rows, tape.coefficients[entry])}  # the pulled-back parts of the nodes' values
+        values = {entry: worst(rows, entry, tape.coefficients[entry])}  # the pulled-back parts of the nodes' values
         for node in reversed(rows.visited):
-            inputs = [rows.unfit(node, name, self._whole(rows, node, name, values[name])) for name in node.inputs]
+            inputs = [rows.unfit(node, *pair) for pair in zip(node.inputs, met(rows, node, values), strict=True)]
             if node.name in tape.choices:
                 choice = tape.choices[node.name]
                 self.slopes[node.name].climb(choice, inputs[0], count, length)
@@ -171,7 +172,7 @@ class Climb:
                 push = node.rule.push_window if node.name in rows.frames else node.rule.linear
                 values[node.name] = push(*(v.flatten(0, 1) for v in inputs)).unflatten(0, inputs[0].shape[:2])
             else:
-                values[node.name] = _derivative(node, tape.coefficients[node.name], rows.lines(node), inputs[0])
+                values[node.name] = on_lines(node, tape.coefficients[node.name], rows.lines(node), inputs[0])
 
     def keep(self, rest: Int[Tensor, "rows"], old: Rows) -> None:
         """Go on with the rows ``rest`` of ``old``: the next ``pull`` lays their places out anew."""
@@ -189,36 +190,9 @@ class Climb:
                 self.slopes[name].places = [p if p is None else p.moved(partial(rows.laid, name)) for p in kept]
         return self.slopes[name]
 
-    def _whole(self, rows: Rows, node: Node, name: str, v: Tensor) -> Tensor:
-        """The value that the coefficients of ``node`` met over ``name``: with the constant that was settled there."""
-        constant = self.knowledge.rider(name).constant
-        if constant is None or node.rule.carries or isinstance(node.rule, Elementwise):
-            return v
-        return v + rows.of_sample(name, constant.to(v.dtype))
-
-    def _worst(self, rows: Rows, A: Tensor) -> Tensor:
-        """The input at which the row's linear bound is attained."""
-        entry, domain = self.knowledge.entry, self.knowledge.domain
-        if entry != INPUT or domain.is_box:
-            hull, _ = self.knowledge.hull(entry)
-            lower, upper = (rows.of_sample(entry, end.to(A.dtype)) for end in (hull.lower, hull.upper))
-            return torch.lerp(upper, lower, (A > 0).to(A.dtype))
-        sample = rows.sample if rows.groups is None else rows.groups.sample
-        every = domain.take(sample.repeat_interleave(A.shape[1]))
-        return every.steepest(-A.flatten(0, 1)).unflatten(0, A.shape[:2])
-
 
 def _rows_of(old: Rows, name: str, rest: Tensor, part: Tensor) -> Tensor:
     return old.flat(name, part)[rest]
-
-
-def _derivative(node: Node, A: Tensor, lines: Relaxation, v: Tensor) -> Tensor:
-    """d/dA of <pull_back(A), v>, for rules that are no activations (max-pooling)."""
-    with torch.enable_grad():
-        A = A.detach().requires_grad_()
-        (pulled,), constant = node.rule.pull_back(A, lines)
-        total = (pulled * v).sum() if constant is None else (pulled * v).sum() + constant.sum()
-        return torch.autograd.grad(total, A)[0]
 
 
 def optimize(
