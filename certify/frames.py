@@ -76,9 +76,8 @@ class Frame:
             pads = [before, after, *pads]
             index.append(origin + before)
         padded = F.pad(values, pads)
-        for axis in range(dims):
-            padded = padded.unfold(padded.ndim - dims, self.size[axis], 1)
-            # unfold appends the window axis, so the next axis to unfold has moved one to the front
+        for size in self.size:  # appends an axis of that size, so the next one to unfold stands at the same distance
+            padded = padded.unfold(padded.ndim - dims, size, 1)
         lead = padded.movedim(tuple(range(padded.ndim - 2 * dims, padded.ndim - dims)), tuple(range(1, dims + 1)))
         which = sample if len(values) > 1 else torch.zeros_like(sample)
         return lead[(which, *index)]
