@@ -1,7 +1,17 @@
 """The tests would notice: every planted bug is killed by its check, which passes without it."""
 
+from collections import OrderedDict
+
 import pytest
 from mutants import MUTANTS
+
+from models import kaf_table
+
+
+@pytest.fixture(autouse=True)
+def no_kept_tables(monkeypatch):
+    """Tables of sound checks must not hide a planted bug, nor those of a bug outlive it."""
+    monkeypatch.setattr(kaf_table, "_tables", OrderedDict())
 
 
 @pytest.mark.parametrize("check", {mutant.check for mutant in MUTANTS}, ids=lambda check: check.__name__)
