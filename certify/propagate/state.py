@@ -129,12 +129,13 @@ class Knowledge:
             fan = node.rule.facts.fan(*self.inputs(node))
             r = self.absorb(node, Relaxation(fan.lower_slope, fan.lower_offset, fan.upper_slope, fan.upper_offset))
             if self.rounds:
-                size, u = self.intervals[node.inputs[0]].magnitude, gamma(8, self.graph.dtype)
+                reach, u, dtype = self._reach(node), gamma(8, self.graph.dtype), self.graph.dtype
                 low, up = (
-                    (slope.abs().amax(0) * size + offset.abs().amax(0)) * u
+                    (slope.abs().amax(0) * reach + offset.abs().amax(0)) * u
                     for slope, offset in ((r.lower_slope, r.lower_offset), (r.upper_slope, r.upper_offset))
                 )
-                r = Relaxation(r.lower_slope, r.lower_offset - low, r.upper_slope, r.upper_offset + up)
+                lower, upper = round_down(r.lower_offset - low, dtype), round_up(r.upper_offset + up, dtype)
+                r = Relaxation(r.lower_slope, lower, r.upper_slope, upper)
             self._fans[node.name] = r, fan.lower_start, fan.upper_start
         return self._fans[node.name]
 
@@ -161,19 +162,22 @@ class Knowledge:
     def _cost(self, node: Node, rider: Rider, error: Tensor | None, slope: Tensor, b: Tensor) -> Tensor:
         dtype = slope.dtype
         cost = b.abs() * (2 * inner_error(torch.Size(node.shape).numel(), dtype)) + 2 * tiny(dtype)
-        if error is not None:
-            cost = cost + (error if isinstance(node.rule, Elementwise) else error.reshape(b.shape)) * (
-                1 + gamma(8, dtype)
-            )
+        if error is not None:  # max-pooling has its lines flat
+            error = error if isinstance(node.rule, Elementwise) else error.reshape(b.shape)
+            cost = cost + error * (1 + gamma(8, dtype))
         if isinstance(node.rule, Elementwise):
-            size = self.intervals[node.inputs[0]].magnitude
-            if rider.constant is not None:
-                size = size + rider.constant.abs()
-            owed = size * gamma(4, dtype)
+            owed = self._reach(node) * gamma(4, dtype)
             if rider.error is not None:
                 owed = owed + rider.error * (1 + 2 * gamma(8, dtype))
             cost = cost + slope.abs() * owed
         return cost
+
+    def _reach(self, node: Node) -> Tensor:
+        """Return a bound, float64, of the pulled-back part of an activation's input."""
+        rider, reach = self.rider(node.inputs[0]), self.intervals[node.inputs[0]].magnitude.double()
+        for part in (rider.constant, rider.error):
+            reach = reach if part is None else reach + part.abs()
+        return reach
 
     def rider(self, name: str) -> Rider:
         """Return what rides along the value of a node (or of the input)."""
