@@ -85,7 +85,7 @@ def _bounding(
 def _certified_factors(model: nn.Module, graph: Graph) -> tuple[dict[str, float], tuple[str, ...]]:
     """Upper bounds of the nodes' own l2 Lipschitz constants; a remark instead where an operation has none."""
     try:
-        return lipschitz_constant(model, p=2, input_shape=graph.input_shape).layers, ()
+        return lipschitz_constant(model, p=2, method="product", input_shape=graph.input_shape).layers, ()
     except UnsupportedOperation as error:
         return {}, (f"No certified Lipschitz factors: {error.got}.",)
 

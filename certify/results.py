@@ -86,6 +86,9 @@ class Certificate:
         )
 
 
+#: Multipliers of a Lipschitz certificate: node name -> [problems][neurons or channels].
+Multipliers = dict[str, tuple[tuple[float, ...], ...]]
+
 Side = Literal["upper", "lower", "estimate"]
 
 
@@ -95,7 +98,8 @@ class LipschitzEstimate:
 
     ``side`` is "upper" (certified: |f(x) - f(y)| <= value ||x - y||), "lower" (attained by a Jacobian) or
     "estimate" (neither). ``layers`` maps node names to their own values where the method has them; ``rows`` are the
-    values per spec row, in the order of the spec, where one was given.
+    values per spec row, in the order of the spec, where one was given. ``multipliers`` are the certificate of the
+    recursion: ``certify.testing.check_lipschitz`` evaluates it anew.
     """
 
     value: float
@@ -104,6 +108,7 @@ class LipschitzEstimate:
     p: float = 2.0
     layers: dict[str, float] = field(default_factory=dict)
     rows: tuple[tuple[float, ...], ...] = ()
+    multipliers: Multipliers = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if math.isnan(self.value) or self.value < 0:
@@ -117,7 +122,8 @@ class LipschitzEstimate:
             "method": self.method,
             "p": _finite(self.p),
             "layers": {name: _finite(value) for name, value in self.layers.items()},
-            "rows": [[_finite(value) for value in sample] for sample in self.rows],
+            "rows": _table(self.rows),
+            "multipliers": {name: _table(rows) for name, rows in self.multipliers.items()},
         }
 
     @classmethod
@@ -129,7 +135,8 @@ class LipschitzEstimate:
             method=data["method"],
             p=float(data["p"]),
             layers={name: float(value) for name, value in data["layers"].items()},
-            rows=tuple(tuple(float(value) for value in sample) for sample in data["rows"]),
+            rows=_numbers(data["rows"]),
+            multipliers={name: _numbers(rows) for name, rows in data.get("multipliers", {}).items()},
         )
 
 
@@ -169,6 +176,14 @@ class AttackResult:
 def _finite(value: float) -> float | str:
     """JSON has no infinities: they travel as words that ``float`` reads."""
     return value if math.isfinite(value) else str(value)
+
+
+def _table(rows: tuple[tuple[float, ...], ...]) -> list[list[float | str]]:
+    return [[_finite(value) for value in row] for row in rows]
+
+
+def _numbers(rows: list[list[float | str]]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(float(value) for value in row) for row in rows)
 
 
 def _plain(x: Tensor) -> dict[str, Any]:

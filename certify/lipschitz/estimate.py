@@ -46,16 +46,16 @@ def lipschitz_constant(
     p: float = 2,
     domain: PerturbationSet | None = None,
     spec: Spec | None = None,
-    method: str | Estimator = "product",
+    method: str | Estimator = "recursion",
     input_shape: tuple[int, ...] | None = None,
 ) -> LipschitzEstimate:
     """Return an estimate of the least L with ||y(x) - y(x')||_p <= L ||x - x'||_p, p = 2 or inf.
 
     With ``domain`` for x, x' in the set of each sample (value: the largest of the batch), else everywhere on inputs
     of ``input_shape``. With ``spec`` |row(x) - row(x')| <= L ||x - x'||_p row by row (``rows`` [batch][rows]).
-    ``method`` is a registered name ("product": upper, "jacobian": lower) or an instance with options. The constant
-    is that of the real function with the model's weights, computed in float64. Raises ``InvalidInput`` for other
-    p or a missing shape, and what tracing the model raises.
+    ``method`` is a registered name ("recursion", "product": upper, "jacobian": lower, ...) or an instance with
+    options. The constant is that of the real function with the model's weights, computed in float64. Raises
+    ``InvalidInput`` for other p or a missing shape, and what tracing the model raises.
     """
     if p not in (2, torch.inf):
         raise InvalidInput(f"p = {p!r}", "p = 2 or inf", "p=2")

@@ -15,19 +15,19 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from certify.enclosures import Interval
-from certify.errors import InvalidInput, UnsupportedOperation
+from certify.errors import UnsupportedOperation
 from certify.graph import INPUT, Graph, Node
 from certify.lipschitz.estimate import Question
+from certify.lipschitz.slopes import slope_ranges
 from certify.lipschitz.spectral import operator_norm
 from certify.ops.arithmetic import Scale, Sum
 from certify.ops.base import Affine, Elementwise
 from certify.ops.pool import MaxPool
 from certify.ops.shape import Concat, Select
-from certify.propagate.methods import BoundMethod, Propagation, resolve_method
+from certify.propagate.methods import BoundMethod
 from certify.registry import register_estimator
 from certify.results import LipschitzEstimate
-from certify.rounding import FloatAnyOrder, gamma
+from certify.rounding import gamma
 from certify.sets import PerturbationSet
 from certify.specs import Spec
 
@@ -47,8 +47,8 @@ class ProductBound:
         """Return the bound, side "upper"."""
         graph, p, spec = question.graph, question.p, question.spec
         with torch.no_grad():
-            sets = _slopes(graph, question.domain, self.intervals)
-            walks = [_Walk(graph, slopes, p) for slopes in sets]
+            sets = _steepest(graph, question.domain, self.intervals)
+            walks = [Walk(graph, slopes, p) for slopes in sets]
             rows = () if spec is None else _all_rows(walks, spec)
             value = max(walk.whole(graph.output) for walk in walks) if spec is None else max(map(max, rows))
             names = [name for name, node in graph.nodes.items() if len(node.inputs) == 1]
@@ -56,32 +56,16 @@ class ProductBound:
         return LipschitzEstimate(value, "upper", "product", p, layers, rows)
 
 
-def _slopes(
+def _steepest(
     graph: Graph, domain: PerturbationSet | None, method: str | BoundMethod
 ) -> list[dict[str, Float64[Tensor, "*shape"]]]:
-    """The steepest slope max |f'| of every activation's neurons, per sample of the domain (one if there is none)."""
-    chosen = resolve_method(method)
-    if not isinstance(chosen, Propagation):
-        raise InvalidInput(f"method {chosen.name!r} has no intervals of layers", "ibp, crown-ibp or crown")
-    knowledge = None if domain is None else chosen.learn(graph, domain, FloatAnyOrder(graph.dtype))
-    steepest: dict[str, Tensor] = {}
-    for node in graph.nodes.values():
-        if not isinstance(node.rule, Elementwise):
-            continue
-        if knowledge is None:
-            end = torch.full((1, *node.shape), torch.inf, dtype=torch.float64, device=graph.device)
-            z = Interval(-end, end)
-        else:
-            (z,) = knowledge.inputs(node)
-        steepest[node.name] = node.rule.facts.slope_range(z).magnitude
+    """max |f'| of every activation's neurons, per sample of the domain (one if there is none)."""
+    found = {name: slope.magnitude for name, slope in slope_ranges(graph, domain, method).items()}
     batch = 1 if domain is None else domain.batch
-    for name, slope in steepest.items():
-        # NaN stands for "no information" and becomes an infinite slope.
-        steepest[name] = slope.double().nan_to_num(nan=torch.inf, posinf=torch.inf).expand(batch, *graph.shape(name))
-    return [{name: slope[i] for name, slope in steepest.items()} for i in range(batch)]
+    return [{name: slope[i] for name, slope in found.items()} for i in range(batch)]
 
 
-def _all_rows(walks: list[_Walk], spec: Spec) -> tuple[tuple[float, ...], ...]:
+def _all_rows(walks: list[Walk], spec: Spec) -> tuple[tuple[float, ...], ...]:
     """The constants of the rows of all samples; equal rows are bounded once."""
     found = []
     for sample in range(spec.batch):
@@ -91,12 +75,16 @@ def _all_rows(walks: list[_Walk], spec: Spec) -> tuple[tuple[float, ...], ...]:
 
 
 @dataclass(eq=False)
-class _Walk:
-    """One evaluation of the recursion, with its memory; every method returns an upper bound, rounding included."""
+class Walk:
+    """One evaluation of the recursion, with its memory; every method returns an upper bound, rounding included.
+
+    Constants are those of the maps from ``source``.
+    """
 
     graph: Graph
     slopes: dict[str, Tensor]
     p: float
+    source: str = INPUT
     _whole: dict[str, float] = field(default_factory=dict)
     _local: dict[str, float] = field(default_factory=dict)
     _rows: dict[tuple[float, ...], float] = field(default_factory=dict)
@@ -135,7 +123,7 @@ class _Walk:
 
     def _pass(self, name: str, scale: Tensor) -> float:
         """One step of the recursion: weights move on, or a norm takes them."""
-        if name == INPUT:
+        if name == self.source:
             return float(scale.max())
         node = self.graph.nodes[name]
         rule = node.rule
@@ -193,11 +181,11 @@ class _Walk:
 
     def _functional(self, name: str, A: Tensor, magnitude: Tensor, terms: int) -> float:
         """|<A, node(x) - node(x')>| <= this ||x - x'||; the true A is within gamma_terms magnitude of the given one."""
-        if name != INPUT and isinstance(rule := self.graph.nodes[name].rule, Affine):
+        if name != self.source and isinstance(rule := self.graph.nodes[name].rule, Affine):
             node = self.graph.nodes[name]
             shapes = [self.graph.shape(parent) for parent in node.inputs]
             pulled = rule.transpose(A)
-            sizes = _absolute_transpose(rule, magnitude, shapes)
+            sizes = absolute_transpose(rule, magnitude, shapes)
             terms += torch.Size(node.shape).numel() + 8
             parts = zip(node.inputs, pulled, sizes, strict=True)
             return sum(self._functional(parent, a, size, terms) for parent, a, size in parts)
@@ -207,11 +195,11 @@ class _Walk:
         dual = 2 if self.p == 2 else 1
         length = float(torch.linalg.vector_norm(A, ord=dual)) * (1 + gamma(A.numel() + 8, torch.float64))
         error = gamma(terms, torch.float64) * float(torch.linalg.vector_norm(magnitude, ord=dual)) * 1.01
-        return (length + error) * (1.0 if name == INPUT else self.whole(name))
+        return (length + error) * (1.0 if name == self.source else self.whole(name))
 
 
-def _absolute_transpose(rule: Affine, A: Tensor, shapes: list[tuple[int, ...]]) -> tuple[Tensor, ...]:
-    """|W|^T A per input."""
+def absolute_transpose(rule: Affine, A: Tensor, shapes: list[tuple[int, ...]]) -> tuple[Tensor, ...]:
+    """Return |W|^T A per input."""
     with torch.enable_grad():
         zeros = [A.new_zeros((len(A), *shape), requires_grad=True) for shape in shapes]
         return torch.autograd.grad(rule.absolute(*zeros), zeros, A)

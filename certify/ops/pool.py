@@ -19,12 +19,20 @@ from certify.ops.windows import per_axis, window_positions
 from certify.registry import register_op
 from certify.rounding import gamma, tiny
 
+#: Kernel, stride and padding of a pooling, per axis.
+Window = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
 
 class Average(Affine):
-    """A linear map with non-negative weights, run as the model runs it: mean, sum, average pooling."""
+    """A linear map with non-negative weights, run as the model runs it: mean, sum, average pooling.
 
-    def __init__(self, run: Callable[[Tensor], Tensor], input_shape: tuple[int, ...], terms: int) -> None:
-        self.run, self.input_shapes = run, (input_shape,)
+    ``window`` (kernel, stride, padding) says that it is the same average around every output; None says nothing.
+    """
+
+    def __init__(
+        self, run: Callable[[Tensor], Tensor], input_shape: tuple[int, ...], terms: int, window: Window | None = None
+    ) -> None:
+        self.run, self.input_shapes, self.window = run, (input_shape,), window
         self.fan_in = self.fan_out = terms + 1  # the division is one more rounding
 
     def linear(self, *xs: Tensor) -> Tensor:
@@ -46,9 +54,23 @@ def average(call: Call) -> Average:
             f"{call.kind} at {call.name!r} mixes the batch, or has negative weights", "averages over one sample"
         )
     terms = max(math.prod(call.input_shape), math.prod(call.output_shape))
+    window = None
     if "avg" in call.kind.lower() and "daptive" not in call.kind:
-        terms = math.prod(per_axis(call.option("kernel_size", 1, None), _spatial(call)))
-    return Average(call.run, call.input_shape, terms)
+        window, same = _window(call)
+        terms = math.prod(window[0])
+        window = window if same else None
+    return Average(call.run, call.input_shape, terms, window)
+
+
+def _window(call: Call) -> tuple[Window, bool]:
+    """The window of an average pooling, and whether every output is the mean over a whole one, padding included."""
+    dims = _spatial(call)
+    kernel = per_axis(call.option("kernel_size", 1, None), dims)
+    stride: Any = call.option("stride", 2, None)
+    padding = per_axis(call.option("padding", 3, 0), dims)
+    whole = max(padding) == 0 or bool(call.option("count_include_pad", 5, True))
+    same = whole and not call.option("ceil_mode", 4, False) and call.option("divisor_override", 6, None) is None
+    return (kernel, per_axis(stride, dims) if stride else kernel, padding), same
 
 
 def _spatial(call: Call) -> int:
