@@ -4,6 +4,7 @@
     certify.testing.check_op(MyLayer(), input_shape=(3, 8, 8))
     certify.testing.check_set(MySet(...))
     certify.testing.check_estimator(MyEstimator(), model, input_shape=(5,))
+    certify.testing.check_lipschitz(model, estimate, input_shape=(5,))
 
 A check states truths: bounds hold at corners, ends, their float neighbours and random points, with no slack but the
 rounding of the check's own float64 arithmetic; affine maps and supports are attained. The message holds the claim,
@@ -22,9 +23,12 @@ from certify.activations.base import Activation
 from certify.enclosures import Interval, Relaxation
 from certify.errors import UnsupportedOperation
 from certify.graph import trace
-from certify.lipschitz.estimate import Estimator, lipschitz_constant
+from certify.lipschitz.estimate import Estimator, ask, lipschitz_constant
+from certify.lipschitz.recursion import recheck
 from certify.ops.base import Affine, Rule
+from certify.propagate.methods import BoundMethod
 from certify.registry import ESTIMATORS, lookup
+from certify.results import LipschitzEstimate
 from certify.sets import LpBall, PerturbationSet
 from certify.specs import Spec
 
@@ -276,3 +280,23 @@ def _slopes(model: nn.Module, x: Tensor, y: Tensor, p: float, *, single: bool) -
         return torch.linalg.vector_norm(jacobian, ord=2 if p == 2 else 1, dim=2), change.abs() / run
     rise = torch.linalg.vector_norm(change, ord=p, dim=1)[:, None]
     return torch.linalg.matrix_norm(jacobian, ord=p)[:, None], rise / run
+
+
+def check_lipschitz(
+    model: nn.Module,
+    estimate: LipschitzEstimate,
+    *,
+    domain: PerturbationSet | None = None,
+    spec: Spec | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    intervals: str | BoundMethod = "crown",
+) -> None:
+    """The multipliers of an estimate certify its values: evaluated anew in float64, rounding counted.
+
+    ``domain``, ``spec``, ``input_shape`` and ``intervals`` are those it was made with. Raises ``InvalidInput`` for
+    multipliers that do not belong to the question, and ``AssertionError`` where a value is not certified.
+    """
+    question = ask(model, p=estimate.p, domain=domain, spec=spec, input_shape=input_shape)
+    found = recheck(question, estimate.multipliers, intervals)
+    if not max(found) <= estimate.value:
+        raise AssertionError(f"the multipliers certify {max(found):.12g}, not {estimate.value:.12g}")

@@ -11,10 +11,12 @@ import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
-from certify.lipschitz.barrier import WEIGHTS, descend
+from certify.lipschitz.barrier import WEIGHTS, Objective, descend
 from certify.lipschitz.steps import FEW, Mix, Readout, Source, Step, top
 
-PATIENCE = 1e-5  # a stage ends where a step gains less than this part of its weight
+#: A stage ends where a step gains less than this part of its weight: from small chains to large ones.
+PATIENCE = (1e-5, 1e-2)
+SMALL = 4e6  # multiplications of a small chain
 #: Added to a verified value, so that another order of summation verifies it again.
 MARGIN = 1e-12
 
@@ -34,8 +36,11 @@ class Chain:
     @property
     def bytes(self) -> int:
         """Roughly what the states of one problem and their gradients hold at once."""
-        maps = [step.G for step in self.steps if isinstance(step, (Source, Mix, Readout))]
-        return sum(10 * G.element_size() * G.shape[-3] * G.shape[-2] ** 2 for G in maps)
+        return sum(10 * G.element_size() * G.shape[-3] * G.shape[-2] ** 2 for G in self._maps)
+
+    @property
+    def _maps(self) -> list[Tensor]:
+        return [step.G for step in self.steps if isinstance(step, (Source, Mix, Readout))]
 
     def take(self, index: Int[Tensor, "n"]) -> Chain:
         """Return the chain of some problems."""
@@ -89,7 +94,8 @@ class Chain:
             now = time.monotonic()
             share = now + (end - now) / (len(WEIGHTS) - i)
             objective = partial(self.objective, weight=weight)
-            trail.append(descend(objective, trail[-1], steps, weight * PATIENCE, share))
+            begin = self._ahead(trail, objective, i)
+            trail.append(descend(objective, begin, steps, weight * self._patience, share))
         value = torch.full((self.problems,), torch.inf, dtype=torch.float64, device=self._device)
         multipliers: list[Tensor] = []
         for x in reversed(trail):
@@ -101,6 +107,21 @@ class Chain:
             if bool(torch.isfinite(value).all()):
                 break
         return value, multipliers
+
+    def _ahead(self, trail: list[Tensor], objective: Objective, stage: int) -> Tensor:
+        """Where the path of the optima leads, if that is better than the last one: they are nearly linear in weight."""
+        if stage < 2:
+            return trail[-1]
+        far, near, here = WEIGHTS[stage - 2 : stage + 1]
+        guess = trail[-1] + (trail[-1] - trail[-2]) * ((near - here) / (far - near))
+        every = torch.arange(self.problems, device=self._device)
+        better = objective(guess, every)[0] < objective(trail[-1], every)[0]
+        return torch.where(better[:, None], guess, trail[-1])
+
+    @property
+    def _patience(self) -> float:
+        work = sum(G.shape[-3] * G.shape[-2] ** 3 for G in self._maps)
+        return min(PATIENCE[1], PATIENCE[0] * max(1.0, work / SMALL) ** 2)
 
     def multipliers(self, x: Tensor) -> list[Tensor]:
         """Return S per step, [problems, size]."""

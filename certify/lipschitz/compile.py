@@ -96,6 +96,7 @@ class _Builder:
         self.order = eager_order(graph)
         self.done: set[str] = {INPUT}
         self.steps: list[Step] = []
+        self.bridge: tuple[str, str, tuple[object, ...]] | None = None  # end, begin and the state there
         self.origin, self.base = INPUT, graph.input_shape  # where the torus of the state begins, and its sizes there
         self.values: dict[str, _Value | None] = {}
         self.torus: Torus | None = None
@@ -292,7 +293,8 @@ class _Builder:
         """Make the state (value of ``name``, values of ``others``); return the torus it lives on."""
         values = [self.values[other] for other in (name, *others)]
         known = [value for value in values if value is not None and value.torus is not None]
-        small = math.prod(self.graph.shape(name)) <= NEURONS and not others
+        neurons = math.prod(self.graph.shape(name))
+        small = neurons <= NEURONS and neurons**3 <= WORK and not others
         torus = known[0].torus if len(known) == len(values) and not small else None
         if torus is None:
             self._move_plain([name, *others])
@@ -375,7 +377,7 @@ class _Builder:
                 continue
             rows, error = pending.pop(source)
             value = self.values.get(source)
-            if value is not None:
+            if value is not None and value.matrix is None:  # a slot; its grid ends where the map does
                 found.append(self._on_state(value, rows, error))
                 continue
             if node is None or not isinstance(node.rule, Affine):
@@ -445,28 +447,42 @@ class _Builder:
         self.values = {name: _Value(shape, self.torus)}
 
     def _bridge(self, failed: int, cut: str) -> tuple[int, str]:
-        """Bound the part between ``cut`` and the next place where one value is alive by its product; go on behind."""
+        """Bound the part between ``cut`` and the next place where one value is alive by its product; go on behind.
+
+        Bridges that follow each other are one.
+        """
         place = self._next_cut(failed)
         node = self.order[place]
-        gain = self.between(cut, node.name)
-        first = not self.steps
-        if first and self.p != 2:
-            raise UnsupportedOperation(f"{node.name!r} in the first segment, for the linf norm", "method='product'")
-        if not first:
-            self._move(cut, [])
-        width = self.width
-        self.done |= {earlier.name for earlier in self.order[: place + 1]}
-        if first:
-            self._enter(node.name, node.shape)
-            dtype = torch.float64 if self.torus is None else torch.complex128
-            blocks = 1 if self.torus is None else len(self.torus.frequencies)
-            eye = torch.eye(self.width, dtype=dtype, device=self.graph.device).expand(blocks, -1, -1)
-            self._emit(eye, None)
-            self.steps.append(Mix(eye * gain[:, None, None, None]))
+        if self.bridge is not None and self.bridge[0] == cut:
+            _, cut, saved = self.bridge
+            self._restore(saved)
+        saved, gain = self._save(), self.between(cut, node.name)
+        if not self.steps:
+            self._begin_behind(node, gain)
         else:
-            one = torch.zeros(1, dtype=torch.long, device=self.graph.device)
+            if not self._is_slot(cut):
+                self._move(cut, [])
+            width, one = self.width, torch.zeros(1, dtype=torch.long, device=self.graph.device)
             self._renew(node.name, gain, one.expand(width), one)
+        self.done |= {earlier.name for earlier in self.order[: place + 1]}
+        self.bridge = node.name, cut, saved
         return place + 1, node.name
+
+    def _is_slot(self, name: str) -> bool:
+        """Whether the state is the value of ``name`` and nothing else."""
+        value = self.values.get(name)
+        return value is not None and value.matrix is None and value.size == self.width
+
+    def _begin_behind(self, node: Node, gain: Tensor) -> None:
+        """Start the chain with a ball: all that is known of the first segment."""
+        if self.p != 2:
+            raise UnsupportedOperation(f"{node.name!r} in the first segment, for the linf norm", "method='product'")
+        self._enter(node.name, node.shape)
+        dtype = torch.float64 if self.torus is None else torch.complex128
+        blocks = 1 if self.torus is None else len(self.torus.frequencies)
+        eye = torch.eye(self.width, dtype=dtype, device=self.graph.device).expand(blocks, -1, -1)
+        self._emit(eye, None)
+        self.steps.append(Mix(eye * gain[:, None, None, None]))
 
     def _next_cut(self, place: int) -> int:
         """The first place at or after ``place`` behind which its node alone is alive."""

@@ -57,6 +57,19 @@ def lipschitz_constant(
     options. The constant is that of the real function with the model's weights, computed in float64. Raises
     ``InvalidInput`` for other p or a missing shape, and what tracing the model raises.
     """
+    question = ask(model, p=p, domain=domain, spec=spec, input_shape=input_shape)
+    return (lookup("method", ESTIMATORS, method)() if isinstance(method, str) else method).estimate(question)
+
+
+def ask(
+    model: nn.Module,
+    *,
+    p: float = 2,
+    domain: PerturbationSet | None = None,
+    spec: Spec | None = None,
+    input_shape: tuple[int, ...] | None = None,
+) -> Question:
+    """Return the question of ``lipschitz_constant`` about a float64 copy of the model."""
     if p not in (2, torch.inf):
         raise InvalidInput(f"p = {p!r}", "p = 2 or inf", "p=2")
     shape = input_shape if domain is None else domain.shape
@@ -64,7 +77,6 @@ def lipschitz_constant(
         raise InvalidInput("neither domain nor input_shape", "one of them", "input_shape=(1, 28, 28)")
     if domain is not None and spec is not None and domain.batch != spec.batch:
         raise InvalidInput(f"a spec for {spec.batch} samples and a domain of {domain.batch}", "one claim per sample")
-    chosen = lookup("method", ESTIMATORS, method)() if isinstance(method, str) else method
     twin = copy.deepcopy(model).double()
     device = next((weight.device for weight in twin.parameters()), torch.device("cpu"))
     graph = trace(twin, torch.zeros((1, *shape), dtype=torch.float64, device=device))
@@ -73,11 +85,9 @@ def lipschitz_constant(
         raise InvalidInput(
             f"a spec for {spec.C.shape[2]} outputs and a model with {outputs}", "C [batch, rows, outputs]"
         )
-    return chosen.estimate(
-        Question(
-            graph,
-            float(p),
-            None if domain is None else domain.double(),
-            None if spec is None else spec.to(torch.float64, device),
-        )
+    return Question(
+        graph,
+        float(p),
+        None if domain is None else domain.double(),
+        None if spec is None else spec.to(torch.float64, device),
     )

@@ -54,7 +54,7 @@ class Recursion:
 
     def estimate(self, question: Question) -> LipschitzEstimate:
         """Return the bound, side "upper", with its multipliers."""
-        return _answer("recursion", question, self.intervals, self.time_limit, self._solve)
+        return answer("recursion", question, self.intervals, self.time_limit, self._solve)
 
     def _solve(self, chain: Chain, seconds: float) -> tuple[Tensor, list[Tensor]]:
         return chain.solve(self.steps, seconds)
@@ -72,7 +72,7 @@ class EclipseFast:
 
     def estimate(self, question: Question) -> LipschitzEstimate:
         """Return the bound, side "upper", with its multipliers."""
-        return _answer("eclipse-fast", question, self.intervals, math.inf, lambda chain, _: chain.solve(0, 0.0))
+        return answer("eclipse-fast", question, self.intervals, math.inf, lambda chain, _: chain.solve(0, 0.0))
 
 
 def recheck(question: Question, multipliers: Multipliers, intervals: str | BoundMethod = "crown") -> list[float]:
@@ -82,19 +82,26 @@ def recheck(question: Question, multipliers: Multipliers, intervals: str | Bound
     estimate that they come from.
     """
     with torch.no_grad():
-        chain = _problems(question, _chain(question, intervals))
+        chain = _problems(question, chain_of(question, intervals))
         S = []
         for step in chain.steps:
-            rows = multipliers.get(step.name, ((),) * chain.problems) if step.size else ((),) * chain.problems
-            S.append(torch.tensor(rows, dtype=torch.float64, device=question.graph.device).view(chain.problems, -1))
+            rows = torch.tensor(multipliers.get(step.name, ()) if step.size else (), dtype=torch.float64)
+            if rows.numel() != chain.problems * step.size:
+                raise InvalidInput(
+                    f"multipliers of {step.name!r} of shape {tuple(rows.shape)}",
+                    f"{chain.problems} times {step.size} of them",
+                    "those of an estimate of the same question",
+                )
+            S.append(rows.view(chain.problems, step.size).to(question.graph.device))
         return chain.certify(S).tolist()
 
 
-def _answer(
+def answer(
     method: str, question: Question, intervals: str | BoundMethod, time_limit: float, solve: Solve
 ) -> LipschitzEstimate:
+    """Return what ``solve`` finds for all problems of a question, in parts that fit into memory."""
     with torch.no_grad():
-        chain = _problems(question, _chain(question, intervals))
+        chain = _problems(question, chain_of(question, intervals))
         end = time.monotonic() + time_limit
         values, multipliers = [], []
         parts = torch.arange(chain.problems, device=question.graph.device).split(_block(chain))
@@ -111,8 +118,8 @@ def _answer(
     return LipschitzEstimate(float(found.max()), "upper", method, question.p, {}, _rows(question, found.tolist()), kept)
 
 
-def _chain(question: Question, intervals: str | BoundMethod) -> Chain:
-    """The chain from the input to the outputs, a problem per sample."""
+def chain_of(question: Question, intervals: str | BoundMethod) -> Chain:
+    """Return the chain from the input to the outputs, a problem per sample."""
     slopes = slope_ranges(question.graph, question.domain, intervals)
     return compile_chain(question.graph, slopes, question.p, _between(question.graph, slopes))
 

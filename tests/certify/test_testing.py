@@ -145,6 +145,8 @@ MODELS = {
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_registered_estimator_stands_on_its_side(name, kind):
     build, shape = MODELS[kind]
+    if name.startswith("lipsdp") and kind == "conv":
+        pytest.skip("the semidefinite check is for dense sequences")
     check_estimator(name, build(), shape)
 
 
