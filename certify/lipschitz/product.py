@@ -15,19 +15,19 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from certify.enclosures import Interval
-from certify.errors import InvalidInput, UnsupportedOperation
+from certify.errors import UnsupportedOperation
 from certify.graph import INPUT, Graph, Node
 from certify.lipschitz.estimate import Question
+from certify.lipschitz.slopes import absolute_transpose, learned, slope_ranges
 from certify.lipschitz.spectral import operator_norm
 from certify.ops.arithmetic import Scale, Sum
 from certify.ops.base import Affine, Elementwise
 from certify.ops.pool import MaxPool
 from certify.ops.shape import Concat, Select
-from certify.propagate.methods import BoundMethod, Propagation, resolve_method
+from certify.propagate.methods import BoundMethod
 from certify.registry import register_estimator
 from certify.results import LipschitzEstimate
-from certify.rounding import FloatAnyOrder, gamma
+from certify.rounding import gamma
 from certify.sets import PerturbationSet
 from certify.specs import Spec
 
@@ -60,24 +60,9 @@ def _slopes(
     graph: Graph, domain: PerturbationSet | None, method: str | BoundMethod
 ) -> list[dict[str, Float64[Tensor, "*shape"]]]:
     """The steepest slope max |f'| of every activation's neurons, per sample of the domain (one if there is none)."""
-    chosen = resolve_method(method)
-    if not isinstance(chosen, Propagation):
-        raise InvalidInput(f"method {chosen.name!r} has no intervals of layers", "ibp, crown-ibp or crown")
-    knowledge = None if domain is None else chosen.learn(graph, domain, FloatAnyOrder(graph.dtype))
-    steepest: dict[str, Tensor] = {}
-    for node in graph.nodes.values():
-        if not isinstance(node.rule, Elementwise):
-            continue
-        if knowledge is None:
-            end = torch.full((1, *node.shape), torch.inf, dtype=torch.float64, device=graph.device)
-            z = Interval(-end, end)
-        else:
-            (z,) = knowledge.inputs(node)
-        steepest[node.name] = node.rule.facts.slope_range(z).magnitude
+    ranges = slope_ranges(graph, learned(graph, domain, method))
     batch = 1 if domain is None else domain.batch
-    for name, slope in steepest.items():
-        # NaN stands for "no information" and becomes an infinite slope.
-        steepest[name] = slope.double().nan_to_num(nan=torch.inf, posinf=torch.inf).expand(batch, *graph.shape(name))
+    steepest = {name: found.magnitude.expand(batch, *graph.shape(name)) for name, found in ranges.items()}
     return [{name: slope[i] for name, slope in steepest.items()} for i in range(batch)]
 
 
@@ -197,7 +182,7 @@ class _Walk:
             node = self.graph.nodes[name]
             shapes = [self.graph.shape(parent) for parent in node.inputs]
             pulled = rule.transpose(A)
-            sizes = _absolute_transpose(rule, magnitude, shapes)
+            sizes = absolute_transpose(rule, magnitude, shapes)
             terms += torch.Size(node.shape).numel() + 8
             parts = zip(node.inputs, pulled, sizes, strict=True)
             return sum(self._functional(parent, a, size, terms) for parent, a, size in parts)
@@ -208,10 +193,3 @@ class _Walk:
         length = float(torch.linalg.vector_norm(A, ord=dual)) * (1 + gamma(A.numel() + 8, torch.float64))
         error = gamma(terms, torch.float64) * float(torch.linalg.vector_norm(magnitude, ord=dual)) * 1.01
         return (length + error) * (1.0 if name == INPUT else self.whole(name))
-
-
-def _absolute_transpose(rule: Affine, A: Tensor, shapes: list[tuple[int, ...]]) -> tuple[Tensor, ...]:
-    """|W|^T A per input."""
-    with torch.enable_grad():
-        zeros = [A.new_zeros((len(A), *shape), requires_grad=True) for shape in shapes]
-        return torch.autograd.grad(rule.absolute(*zeros), zeros, A)

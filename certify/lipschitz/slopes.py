@@ -1,0 +1,61 @@
+"""What local constants start from: the slope range of every neuron, and adjoints with positive weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from certify.enclosures import Interval
+from certify.errors import InvalidInput
+from certify.graph import Graph, Node
+from certify.ops.base import Affine, Elementwise
+from certify.ops.pool import MaxPool
+from certify.propagate.methods import BoundMethod, Propagation, resolve_method
+from certify.propagate.state import Knowledge
+from certify.rounding import FloatAnyOrder
+from certify.sets import PerturbationSet
+
+
+def learned(graph: Graph, domain: PerturbationSet | None, method: str | BoundMethod) -> Knowledge | None:
+    """Return what a bound method knows of the values of all nodes; None on the whole space."""
+    chosen = resolve_method(method)
+    if not isinstance(chosen, Propagation):
+        raise InvalidInput(f"method {chosen.name!r} has no intervals of layers", "ibp, crown-ibp or crown")
+    return None if domain is None else chosen.learn(graph, domain, FloatAnyOrder(graph.dtype))
+
+
+def slope_ranges(graph: Graph, knowledge: Knowledge | None) -> dict[str, Interval]:
+    """Return [m, M] [batch, *shape], float64, of every activation's neurons: m (s - t) <= f(s) - f(t) <= M (s - t).
+
+    A NaN end of an activation's facts knows nothing and becomes infinite.
+    """
+    return {
+        node.name: node.rule.facts.slope_range(_inputs(graph, knowledge, node)).double().sanitized()
+        for node in graph.nodes.values()
+        if isinstance(node.rule, Elementwise)
+    }
+
+
+def contenders(graph: Graph, knowledge: Knowledge | None) -> dict[str, Tensor]:
+    """Return, for every max-pooling, which inputs of its windows may be the largest: bool [batch, outputs, k]."""
+    found = {}
+    for node in graph.nodes.values():
+        if isinstance(node.rule, MaxPool):
+            z, windows = _inputs(graph, knowledge, node), node.rule.windows.to(graph.device)
+            low, up = (end.flatten(1)[:, windows].masked_fill(windows < 0, -torch.inf) for end in (z.lower, z.upper))
+            found[node.name] = (windows >= 0) & ~(up < low.amax(2, keepdim=True))
+    return found
+
+
+def absolute_transpose(rule: Affine, A: Tensor, shapes: list[tuple[int, ...]]) -> tuple[Tensor, ...]:
+    """Return |W|^T A per input."""
+    with torch.enable_grad():
+        zeros = [A.new_zeros((len(A), *shape), requires_grad=True) for shape in shapes]
+        return torch.autograd.grad(rule.absolute(*zeros), zeros, A)
+
+
+def _inputs(graph: Graph, knowledge: Knowledge | None, node: Node) -> Interval:
+    if knowledge is not None:
+        return knowledge.inputs(node)[0]
+    end = torch.full((1, *graph.shape(node.inputs[0])), torch.inf, dtype=torch.float64, device=graph.device)
+    return Interval(-end, end)
