@@ -19,7 +19,8 @@ from certify.rounding import gamma as gamma_n
 from certify.rounding import round_down, round_up, step_down, step_up, unit_roundoff
 from models.gaussian import gaussian_sum
 from models.kaf import KAF
-from models.kaf_table import Gaussians, Table, tabulated
+from models.kaf_table import Gaussians, Table, kept
+from models.kaf_turns import Turns, curvatures, slopes
 
 STEEPEST = 1e3  # largest gamma: a table of steeper kernels would be long or coarse
 COARSER = 8  # times fewer nodes where a point within 1e-6 of a turning point will do
@@ -64,15 +65,19 @@ class KAFFacts(Smooth):
 
     @cached_property
     def _table(self) -> Table:
-        return tabulated(self._sum)
+        return kept(Table.of, self._sum)
 
     @cached_property
     def _coarse(self) -> Table:
         return Table.of(self._sum, coarser=COARSER)
 
     @cached_property
-    def _slopes(self) -> Table:
-        return tabulated(self._sum, order=1)
+    def _slopes(self) -> Turns:
+        return kept(slopes, self._sum)
+
+    @cached_property
+    def _curvatures(self) -> Turns:
+        return kept(curvatures, self._sum)
 
     @classmethod
     def from_call(cls, call: Call) -> KAFFacts:
@@ -137,7 +142,8 @@ class KAFFacts(Smooth):
         if self.base is not None:
             return super().range(z)
         if not self.moves(z):
-            return self._extremes(self._table, z)
+            ends = (end.double().reshape(-1) for end in (z.lower, z.upper))
+            return _outward(*self._table.at(self._channels(z.lower.shape)).extremes(*ends), z)
         wide, shape = z.double(), z.lower.shape
         with torch.no_grad():
             table = self._coarse.at(self._channels(shape))
@@ -147,7 +153,7 @@ class KAFFacts(Smooth):
 
     def slope_range(self, z: Interval) -> Interval:
         """Certified extremes of f' on z (on the whole line if z is), plus the base's."""
-        slope, dtype = self._extremes(self._slopes, z), z.lower.dtype
+        slope, dtype = self._turned(self._slopes, z), z.lower.dtype
         if self.base is None:
             return slope
         other = self.base.slope_range(z)
@@ -155,6 +161,16 @@ class KAFFacts(Smooth):
             round_down(step_down(slope.lower.double() + other.lower.double()), dtype),
             round_up(step_up(slope.upper.double() + other.upper.double()), dtype),
         )
+
+    def curvature(self, z: Interval) -> Interval:
+        """Return [m, M], attained up to rounding, that holds f'' on z (on the whole line if z is); none with a base."""
+        if self.base is not None:
+            raise UnsupportedOperation(
+                f"the curvature of a KAF with a base of type {type(self.kaf.base).__name__}",
+                "a KAF without a base",
+                "KAF(channels, init=...) to start as that function",
+            )
+        return self._turned(self._curvatures, z)
 
     def rounding_error(self, z: Interval) -> Tensor:
         """gamma_{4D+10} sum|alpha|, whatever the order of the D terms; one rounding more for a base."""
@@ -167,19 +183,23 @@ class KAFFacts(Smooth):
         size = self.base.range(z).magnitude + round_up(mass, dtype)
         return error + self.base.rounding_error(z) + unit_roundoff(dtype) * size * 2
 
-    def _extremes(self, table: Table, z: Interval) -> Interval:
-        """The range of a table over z; a bounded function needs no bounded interval."""
-        ends = (end.double().reshape(-1) for end in (z.lower, z.upper))
-        low, up = table.at(self._channels(z.lower.shape)).extremes(*ends)
-        return Interval(
-            round_down(low, z.lower.dtype).view(z.lower.shape), round_up(up, z.lower.dtype).view(z.lower.shape)
-        )
+    def _turned(self, turns: Turns, z: Interval) -> Interval:
+        """The range of a derivative over z; a bounded function needs no bounded interval."""
+        lower, upper = (end.double().reshape(-1) for end in (z.lower, z.upper))
+        found = turns.extremes(lower, upper, self._channels(z.lower.shape))
+        return _outward(found.low, found.up, z)
 
     def _channels(self, shape: torch.Size) -> Tensor:
         """The channel of every element of a tensor [..., channels, *spatial]."""
         count = len(self._sum.alpha)
         tail = [1] * (self.sample_dims - 1)
         return torch.arange(count, device=self._sum.alpha.device).view(-1, *tail).expand(shape).reshape(-1)
+
+
+def _outward(low: Tensor, up: Tensor, z: Interval) -> Interval:
+    """The interval [low, up], given flat in float64, in the dtype and shape of z."""
+    dtype, shape = z.lower.dtype, z.lower.shape
+    return Interval(round_down(low, dtype).view(shape), round_up(up, dtype).view(shape))
 
 
 def _same_everywhere(base: Activation) -> bool:

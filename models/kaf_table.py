@@ -12,6 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float64, Int
@@ -20,18 +21,20 @@ from torch import Tensor
 from certify import Curve
 from certify.rounding import gamma as gamma_n
 
+T = TypeVar("T")
+
 FINE = 192  # nodes per unit of v; the cubic is within FINE^-4 / 384 of a function with a fourth derivative of 1
 NODES = 1 << 14  # nodes at most, for narrow kernels far apart: the pieces are longer then, and their errors larger
 REACH = 13.0  # units of v beyond the dictionary; exp(-v^2 / 4) is below 5e-19 there
 
 
-def hermite(n: int, v: Tensor) -> Tensor:
-    """He_n(v) by its recurrence."""
+def hermite(n: int, v: Tensor, sign: float = -1.0) -> Tensor:
+    """He_n(v) by its recurrence; with ``sign`` = 1 its coefficients are taken without their signs."""
     previous, value = torch.ones_like(v), v
     if n == 0:
         return previous
     for k in range(1, n):
-        previous, value = value, v * value - k * previous
+        previous, value = value, v * value + sign * k * previous
     return value
 
 
@@ -76,7 +79,7 @@ class Gaussians:
 
 @dataclass(frozen=True)
 class Table(Curve):
-    """f^(order) of a sum of Gaussians: cubic Hermite pieces between even nodes, constant beyond them.
+    """f, a sum of Gaussians: cubic Hermite pieces between even nodes, constant beyond them.
 
     |f - cubic| <= h^4/384 sup|f''''| and |f'' - cubic''| <= h^2/12 sup|f''''|; to these come the errors of the nodes'
     values, e and e' in f and f', as e + h e'/4 and (12 e + 6 h e')/h^2, that of the position of s, and the tails.
@@ -99,25 +102,25 @@ class Table(Curve):
     channel: Int[Tensor, "n"]  # of the elements
 
     @classmethod
-    def of(cls, f: Gaussians, order: int = 0, *, coarser: int = 1) -> Table:
+    def of(cls, f: Gaussians, *, coarser: int = 1) -> Table:
         """Tabulate, with ``coarser`` times fewer nodes; the table has no elements yet (see ``at``)."""
         span, reach = (float(f.dictionary.min()), float(f.dictionary.max())), REACH / f.unit
         low, high = span[0] - reach, span[1] + reach
         pieces = min(NODES, math.ceil((high - low) * f.unit * FINE / coarser))
         nodes = torch.linspace(low, high, pieces + 1, dtype=torch.float64, device=f.alpha.device)
         h = (high - low) / pieces
-        y, d = f.derivative(order, nodes), f.derivative(order + 1, nodes) * h
+        y, d = f.derivative(0, nodes), f.derivative(1, nodes) * h
         (y0, y1), (d0, d1) = ((x[:, :-1], x[:, 1:]) for x in (y, d))
         cubic = (y0, d0, 3 * (y1 - y0) - 2 * d0 - d1, 2 * (y0 - y1) + d0 + d1)
 
         def limits(top: Callable[[int], Tensor]) -> Tensor:
-            e0, e1, slip = f.rounding(order), f.rounding(order + 1), 2.0**-50 * pieces * h
+            e0, e1, slip = f.rounding(0), f.rounding(1), 2.0**-50 * pieces * h
             error = h**4 / 384 * top(4) + e0 + h * e1 / 4 + slip * top(1) + 2.0**-48 * top(0)
             blur = h**2 / 12 * top(4) + (12 * e0 + 6 * h * e1) / h**2 + slip * top(3) + 2.0**-44 * top(2)
             return torch.stack([error, blur, top(4)]) * (1 + 1e-6)
 
-        near, far = limits(lambda n: f.supremum(order + n, nodes)), limits(lambda n: f.bound(order + n))
-        rest = 3 * math.exp(-(REACH**2) / 4) * torch.stack([f.bound(order), f.bound(order + 2), 0 * f.mass])
+        near, far = limits(lambda n: f.supremum(n, nodes)), limits(f.bound)
+        rest = 3 * math.exp(-(REACH**2) / 4) * torch.stack([f.bound(0), f.bound(2), 0 * f.mass])
         flat = tuple(c.reshape(-1) for c in cubic)
         none = torch.zeros(0, dtype=torch.long, device=f.alpha.device)
         return cls(low, h, pieces, flat, _turns(low, h, cubic), near, far, rest, span, f.unit, none)
@@ -206,16 +209,16 @@ def _turns(low: float, step: float, cubic: tuple[Tensor, ...]) -> tuple[Tensor, 
     return place[:, :count].t().contiguous(), value.gather(1, order)[:, :count].t().contiguous()
 
 
-KEPT = 64  # tables at most, of some 100 KB each
-_tables: OrderedDict[tuple[object, ...], Table] = OrderedDict()
+KEPT = 64  # values at most, of some 100 KB each
+_kept: OrderedDict[tuple[object, ...], Any] = OrderedDict()
 
 
-def tabulated(f: Gaussians, order: int = 0) -> Table:
-    """Return ``Table.of(f, order)``, made once for equal parameters: every proof traces its network anew."""
+def kept(make: Callable[[Gaussians], T], f: Gaussians) -> T:
+    """Return ``make(f)``, made once for equal parameters: every proof traces its network anew."""
     numbers = (tuple(part.cpu().numpy().tobytes() for part in (f.alpha, f.dictionary)), f.gamma)
-    key = (*numbers, f.alpha.shape, f.alpha.device, order)
-    table = _tables.pop(key, None)
-    _tables[key] = Table.of(f, order) if table is None else table
-    if len(_tables) > KEPT:
-        _tables.popitem(last=False)
-    return _tables[key]
+    key = (*numbers, f.alpha.shape, f.alpha.device, make)
+    found = _kept.pop(key, None)
+    _kept[key] = make(f) if found is None else found
+    if len(_kept) > KEPT:
+        _kept.popitem(last=False)
+    return _kept[key]

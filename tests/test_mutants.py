@@ -11,7 +11,7 @@ from models import kaf_table
 @pytest.fixture(autouse=True)
 def no_kept_tables(monkeypatch):
     """Tables of sound checks must not hide a planted bug, nor those of a bug outlive it."""
-    monkeypatch.setattr(kaf_table, "_tables", OrderedDict())
+    monkeypatch.setattr(kaf_table, "_kept", OrderedDict())
 
 
 @pytest.mark.parametrize("check", {mutant.check for mutant in MUTANTS}, ids=lambda check: check.__name__)

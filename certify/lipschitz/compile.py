@@ -20,7 +20,7 @@ from certify.errors import UnsupportedOperation
 from certify.graph import INPUT, Graph, Node
 from certify.lipschitz.chain import Chain
 from certify.lipschitz.fourier import Torus
-from certify.lipschitz.product import absolute_transpose
+from certify.lipschitz.slopes import absolute_transpose
 from certify.lipschitz.steps import FEW, Fold, Gate, Mix, Readout, Renew, Source, Step
 from certify.ops.arithmetic import Scale, Sum
 from certify.ops.base import Affine, Elementwise

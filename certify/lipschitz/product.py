@@ -18,7 +18,7 @@ from torch import Tensor
 from certify.errors import UnsupportedOperation
 from certify.graph import INPUT, Graph, Node
 from certify.lipschitz.estimate import Question
-from certify.lipschitz.slopes import slope_ranges
+from certify.lipschitz.slopes import absolute_transpose, batch_of, learned, slope_ranges
 from certify.lipschitz.spectral import operator_norm
 from certify.ops.arithmetic import Scale, Sum
 from certify.ops.base import Affine, Elementwise
@@ -60,9 +60,8 @@ def _steepest(
     graph: Graph, domain: PerturbationSet | None, method: str | BoundMethod
 ) -> list[dict[str, Float64[Tensor, "*shape"]]]:
     """max |f'| of every activation's neurons, per sample of the domain (one if there is none)."""
-    found = {name: slope.magnitude for name, slope in slope_ranges(graph, domain, method).items()}
-    batch = 1 if domain is None else domain.batch
-    return [{name: slope[i] for name, slope in found.items()} for i in range(batch)]
+    ranges = slope_ranges(graph, learned(graph, domain, method))
+    return [{name: slope.magnitude[i] for name, slope in ranges.items()} for i in range(batch_of(domain))]
 
 
 def _all_rows(walks: list[Walk], spec: Spec) -> tuple[tuple[float, ...], ...]:
@@ -196,10 +195,3 @@ class Walk:
         length = float(torch.linalg.vector_norm(A, ord=dual)) * (1 + gamma(A.numel() + 8, torch.float64))
         error = gamma(terms, torch.float64) * float(torch.linalg.vector_norm(magnitude, ord=dual)) * 1.01
         return (length + error) * (1.0 if name == self.source else self.whole(name))
-
-
-def absolute_transpose(rule: Affine, A: Tensor, shapes: list[tuple[int, ...]]) -> tuple[Tensor, ...]:
-    """Return |W|^T A per input."""
-    with torch.enable_grad():
-        zeros = [A.new_zeros((len(A), *shape), requires_grad=True) for shape in shapes]
-        return torch.autograd.grad(rule.absolute(*zeros), zeros, A)

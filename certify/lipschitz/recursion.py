@@ -21,7 +21,7 @@ from certify.lipschitz.chain import Chain
 from certify.lipschitz.compile import compile_chain
 from certify.lipschitz.estimate import Question
 from certify.lipschitz.product import Walk
-from certify.lipschitz.slopes import slope_ranges
+from certify.lipschitz.slopes import learned, slope_ranges
 from certify.lipschitz.steps import Mix
 from certify.propagate.methods import BoundMethod
 from certify.registry import register_estimator
@@ -120,7 +120,7 @@ def answer(
 
 def chain_of(question: Question, intervals: str | BoundMethod) -> Chain:
     """Return the chain from the input to the outputs, a problem per sample."""
-    slopes = slope_ranges(question.graph, question.domain, intervals)
+    slopes = slope_ranges(question.graph, learned(question.graph, question.domain, intervals))
     return compile_chain(question.graph, slopes, question.p, _between(question.graph, slopes))
 
 

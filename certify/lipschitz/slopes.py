@@ -1,39 +1,68 @@
-"""Slope ranges of all activations: over the whole line, or over what an intermediate bound method proves."""
+"""What local constants start from: the slope range of every neuron, and adjoints with positive weights."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from certify.enclosures import Interval
 from certify.errors import InvalidInput
-from certify.graph import Graph
-from certify.ops.base import Elementwise
+from certify.graph import Graph, Node
+from certify.ops.base import Affine, Elementwise
+from certify.ops.pool import MaxPool
 from certify.propagate.methods import BoundMethod, Propagation, resolve_method
+from certify.propagate.state import Knowledge
 from certify.rounding import FloatAnyOrder
 from certify.sets import PerturbationSet
 
 
-def slope_ranges(graph: Graph, domain: PerturbationSet | None, method: str | BoundMethod) -> dict[str, Interval]:
-    """Return [m, M] with m (s - t) <= f(s) - f(t) <= M (s - t), per neuron of every activation node, in float64.
-
-    Each is [samples, *shape], for s, t that the neuron meets on the domain; one sample without a domain. Infinite
-    where nothing is known.
-    """
+def learned(graph: Graph, domain: PerturbationSet | None, method: str | BoundMethod) -> Knowledge | None:
+    """Return what a bound method knows of the values of all nodes; None on the whole space."""
     chosen = resolve_method(method)
     if not isinstance(chosen, Propagation):
         raise InvalidInput(f"method {chosen.name!r} has no intervals of layers", "ibp, crown-ibp or crown")
-    knowledge = None if domain is None else chosen.learn(graph, domain, FloatAnyOrder(graph.dtype))
-    found: dict[str, Interval] = {}
+    return None if domain is None else chosen.learn(graph, domain, FloatAnyOrder(graph.dtype))
+
+
+def batch_of(domain: PerturbationSet | None) -> int:
+    """Return how many samples have constants of their own: one on the whole space."""
+    return 1 if domain is None else domain.batch
+
+
+def slope_ranges(graph: Graph, knowledge: Knowledge | None) -> dict[str, Interval]:
+    """Return [m, M] [batch, *shape], float64, of every activation's neurons: m (s - t) <= f(s) - f(t) <= M (s - t).
+
+    A NaN end of an activation's facts knows nothing and becomes infinite.
+    """
+    found = {}
+    batch = batch_of(None if knowledge is None else knowledge.domain)
     for node in graph.nodes.values():
-        if not isinstance(node.rule, Elementwise):
-            continue
-        if knowledge is None:
-            end = torch.full((1, *node.shape), torch.inf, dtype=torch.float64, device=graph.device)
-            z = Interval(-end, end)
-        else:
-            (z,) = knowledge.inputs(node)
-        slope = node.rule.facts.slope_range(z)
-        batch = 1 if domain is None else domain.batch
-        lower, upper = (end.double().expand(batch, *node.shape) for end in (slope.lower, slope.upper))
-        found[node.name] = Interval(lower.nan_to_num(nan=-torch.inf), upper.nan_to_num(nan=torch.inf))
+        if isinstance(node.rule, Elementwise):
+            slope = node.rule.facts.slope_range(_inputs(graph, knowledge, node)).double().sanitized()
+            found[node.name] = Interval(*(end.expand(batch, *node.shape) for end in (slope.lower, slope.upper)))
     return found
+
+
+def contenders(graph: Graph, knowledge: Knowledge | None) -> dict[str, Tensor]:
+    """Return, for every max-pooling, which inputs of its windows may be the largest: bool [batch, outputs, k]."""
+    found = {}
+    for node in graph.nodes.values():
+        if isinstance(node.rule, MaxPool):
+            z, windows = _inputs(graph, knowledge, node), node.rule.windows.to(graph.device)
+            low, up = (end.flatten(1)[:, windows].masked_fill(windows < 0, -torch.inf) for end in (z.lower, z.upper))
+            found[node.name] = (windows >= 0) & ~(up < low.amax(2, keepdim=True))
+    return found
+
+
+def absolute_transpose(rule: Affine, A: Tensor, shapes: list[tuple[int, ...]]) -> tuple[Tensor, ...]:
+    """Return |W|^T A per input."""
+    with torch.enable_grad():
+        zeros = [A.new_zeros((len(A), *shape), requires_grad=True) for shape in shapes]
+        return torch.autograd.grad(rule.absolute(*zeros), zeros, A)
+
+
+def _inputs(graph: Graph, knowledge: Knowledge | None, node: Node) -> Interval:
+    if knowledge is not None:
+        return knowledge.inputs(node)[0]
+    end = torch.full((1, *graph.shape(node.inputs[0])), torch.inf, dtype=torch.float64, device=graph.device)
+    return Interval(-end, end)

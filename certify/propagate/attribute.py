@@ -16,7 +16,7 @@ from certify.propagate.backward import blocks, claim_rows, most_rows
 from certify.propagate.exact import Pulled, gain
 from certify.propagate.methods import BoundMethod, Propagation, resolve_method
 from certify.propagate.state import Knowledge
-from certify.rounding import ieee, resolve_arithmetic
+from certify.rounding import Real, ieee, resolve_arithmetic
 from certify.sets import PerturbationSet
 from certify.specs import Spec
 
@@ -61,6 +61,9 @@ def explain(
     all intervals stay (in truth the deeper ones would get tighter too). A short descent finds them (exact.py), and
     over small networks they rank the nodes as branching on each node does, with a Spearman correlation above 0.9.
     Rows without a finite bound count as 0.
+
+    ``arithmetic`` decides on the intervals alone. On these, lines and rows are those of real arithmetic: no exact
+    relaxation gives back what rounding costs, and for a KAF with large alpha that is more than a relaxation does.
     """
     chosen = resolve_method(method)
     if not isinstance(chosen, Propagation):
@@ -71,7 +74,8 @@ def explain(
         spec = Spec(eye.expand(domain.batch, -1, -1), eye.new_zeros(domain.batch, len(eye)))
     spec = check_spec(graph, domain, spec)
     with torch.no_grad():
-        knowledge = chosen.learn(graph, domain, resolve_arithmetic(arithmetic, graph.dtype))
+        learned = chosen.learn(graph, domain, resolve_arithmetic(arithmetic, graph.dtype))
+        knowledge = Knowledge(graph, domain, Real(), learned.intervals)
         gaps = {node.name: _gap(knowledge, node) for node in graph.nodes.values() if not node.rule.affine}
         costs = _costs(knowledge, spec, gaps)
     return {name: _blame(knowledge, node, gaps.get(name), costs[name]) for name, node in graph.nodes.items()}

@@ -338,7 +338,7 @@ def most_rows(graph: Graph, frames: dict[str, Frame], copies: int = 1) -> int:
 def blocks(sample: Int[Tensor, "rows"], most: int, *, grouped: bool = True) -> Iterator[Tensor]:
     """Yield the rows in blocks of about ``most``; grouped ones hold samples with about as many rows each."""
     if not grouped:
-        yield from torch.arange(len(sample), device=sample.device).split(most)
+        yield from torch.arange(len(sample), device=sample.device).split(max(1, most))
         return
     counts = sample.bincount()[sample]
     order = counts.sort(descending=True, stable=True).indices  # rows of one sample stay together

@@ -21,6 +21,7 @@ from certify.memory import options
 from certify.ops.base import Affine
 from certify.propagate.state import Knowledge
 from certify.rounding import Real
+from models import KAF
 
 PIECES = 8  # per smooth function
 DEPTHS = (2, 3, 4, "residual")
@@ -335,3 +336,23 @@ def test_an_exploding_network_is_explained_without_complaint():
             weight.mul_(1e12)
     found = certify.explain(model, certify.LpBall(torch.zeros(2, 6), 1e20))
     assert all(np.isfinite(blame.gain) for blame in found.values())
+
+
+def test_gains_hold_no_rounding_errors():
+    """Ridge-fitted KAFs round by gamma_{4D+10} sum|alpha|, in float32 more than their relaxations are apart."""
+    torch.manual_seed(0)
+    layers = [layer for n, m in pairwise((4, 6, 6, 6)) for layer in (nn.Linear(n, m), KAF(m, init="tanh"))]
+    model = nn.Sequential(*layers, nn.Linear(6, 2)).eval()
+    with torch.no_grad():
+        for i, layer in enumerate(layer for layer in model if isinstance(layer, nn.Linear)):
+            layer.weight.mul_(2.5 - 0.7 * i)
+    x = 0.2 * torch.rand(3, 4)
+    for radius, slack in ((0.02, 0.7), (0.1, 0.1)):  # what is left is the width of the float network's intervals
+        domain = certify.LpBall(x, radius)
+        real, rounded = (certify.explain(model, domain, arithmetic=name) for name in ("real", "float"))
+        names = [name for name, blame in real.items() if blame.undecided > 0]
+        assert names == sorted(names, key=lambda name: -real[name].gain)
+        assert names == sorted(names, key=lambda name: -rounded[name].gain)
+        for name in names:
+            assert rounded[name].gain == pytest.approx(real[name].gain, rel=slack)
+            assert rounded[name].share == pytest.approx(real[name].share, rel=slack)
