@@ -11,7 +11,9 @@ from torch import nn
 from certify.errors import InvalidInput, UnsupportedOperation
 from certify.lipschitz import lipschitz_constant
 from certify.lipschitz.clarke import CrownJacobian, IntervalJacobian
+from certify.lipschitz.recursion import Recursion
 from certify.lipschitz.sampled import JacobianAscent
+from certify.lipschitz.tightest import Tightest
 from certify.memory import options
 from certify.sets import Box, LpBall
 from certify.specs import Spec, class_margins
@@ -147,3 +149,21 @@ def test_options_are_checked_and_unknown_operations_refused() -> None:
         lipschitz_constant(model, input_shape=(3,), method=CrownJacobian("auto-lirpa/ibp"))
     with pytest.raises(UnsupportedOperation):
         lipschitz_constant(nn.Sequential(nn.LayerNorm(3)).eval(), input_shape=(3,), method="crown-jacobian")
+
+
+@pytest.mark.parametrize("p", [2, INF])
+@pytest.mark.parametrize("spec", [None, class_margins(torch.tensor([0, 2]), 3)])
+def test_the_tightest_bound_is_the_least_of_all(p: float, spec: Spec | None) -> None:
+    model, shape = _cases()[0]
+    domain = LpBall(torch.rand(2, *shape), 0.1, p=p)
+    quick = Recursion(steps=10)
+    least = lipschitz_constant(model, p=p, domain=domain, spec=spec, method=Tightest(recursion=quick))
+    for method in (quick, "product", *METHODS):
+        other = lipschitz_constant(model, p=p, domain=domain, spec=spec, method=method)
+        assert least.value <= other.value
+        for mine, theirs in zip(least.rows, other.rows, strict=True):
+            assert all(a <= b for a, b in zip(mine, theirs, strict=True))
+    anywhere = lipschitz_constant(model, p=p, input_shape=shape, spec=spec, method=quick)
+    assert least.value <= anywhere.value
+    lower = lipschitz_constant(model, p=p, domain=domain, spec=spec, method="jacobian")
+    assert lower.value <= least.value

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from exact_recursion import exact_gate
 from random_nets import attained, random_net
 from shared_data import SHARED, needs_shared
 from torch import nn
@@ -226,30 +227,10 @@ def test_a_step_is_above_the_exact_one_in_sixty_digits() -> None:
             T = 1 / (P.diagonal()[:3] * (2 + torch.rand(3, dtype=torch.float64, generator=generator)) * 3)[None]
             gate = Gate("act", c, r)
             bound = mpmath.matrix(gate.bound(P[None, None], T)[0, 0].tolist())
-            exact = _exact_gate(mpmath.matrix(P.tolist()), c[0].tolist(), r[0].tolist(), T[0].tolist())
+            exact = exact_gate(mpmath.matrix(P.tolist()), c[0].tolist(), r[0].tolist(), T[0].tolist())
             least = min(mpmath.eigsy(bound - exact, eigvals_only=True))
             assert least >= -(mpmath.mpf(10) ** -45) * scale**2
             assert mpmath.norm(bound - exact) <= 1e-11 * mpmath.norm(exact)
-
-
-def _exact_gate(P: mpmath.matrix, c: list[float], r: list[float], T: list[float]) -> mpmath.matrix:
-    n, k = len(c), P.rows
-    live = [i for i in range(n) if r[i] > 0]
-    K = mpmath.matrix(len(live), len(live))
-    for i, a in enumerate(live):
-        for j, b in enumerate(live):
-            K[i, j] = (1 / mpmath.mpf(T[a]) if a == b else 0) - P[a, b]
-    rows = mpmath.matrix(len(live), k)
-    for i, a in enumerate(live):
-        for j in range(k):
-            rows[i, j] = P[a, j]
-    grown = P + rows.T * mpmath.inverse(K) * rows
-    for i in range(k):
-        for j in range(k):
-            grown[i, j] *= (c[i] if i < n else 1) * (mpmath.mpf(c[j]) if j < n else 1)
-    for i in live:
-        grown[i, i] += mpmath.mpf(r[i]) ** 2 / mpmath.mpf(T[i])
-    return grown
 
 
 def test_the_largest_eigenvalue_is_bounded_from_above() -> None:
