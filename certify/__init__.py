@@ -5,7 +5,7 @@ spec = certify.class_margins(labels, classes=10)
 certify.prove(model, domain, spec, method="crown").verdicts
 """
 
-from certify import activations, attacks, lipschitz, ops, oracle, propagate, testing
+from certify import activations, attacks, convex, lipschitz, ops, oracle, propagate, testing
 from certify.activations.base import Activation
 from certify.activations.enclose import Curve
 from certify.activations.smooth import Smooth
@@ -39,7 +39,7 @@ from certify.specs import Spec, class_margins, logit_sign, output_band
 from certify.training import training_margins
 from certify.verify import certified_radius, prove
 
-for _folder in (activations, ops, propagate, attacks, lipschitz, oracle):
+for _folder in (activations, ops, propagate, attacks, lipschitz, oracle, convex):
     discover(_folder.__name__, _folder.__path__)  # type: ignore[arg-type]
 del _folder
 

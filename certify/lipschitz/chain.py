@@ -16,6 +16,7 @@ from certify.lipschitz.steps import FEW, Mix, Readout, Source, Step, top
 
 #: A stage ends where a step gains less than this part of its weight: from small chains to large ones.
 PATIENCE = (1e-5, 1e-2)
+LOOKED = 4  # stages that are verified
 SMALL = 4e6  # multiplications of a small chain
 #: Added to a verified value, so that another order of summation verifies it again.
 MARGIN = 1e-12
@@ -86,8 +87,8 @@ class Chain:
     def solve(self, steps: int, seconds: float) -> tuple[Float64[Tensor, "problems"], list[Tensor]]:
         """Return certified constants and their multipliers S per step, after ``steps`` iterations a stage.
 
-        The last stage whose multipliers pass the verification counts; the start does if none does. ``seconds`` are
-        shared by the stages.
+        The best of the last stages counts: near the boundary of what is feasible rounding costs most. ``seconds``
+        are shared by the stages.
         """
         trail, end = [self.start()], time.monotonic() + seconds
         for i, weight in enumerate(WEIGHTS if steps and self.size else ()):
@@ -98,14 +99,14 @@ class Chain:
             trail.append(descend(objective, begin, steps, weight * self._patience, share))
         value = torch.full((self.problems,), torch.inf, dtype=torch.float64, device=self._device)
         multipliers: list[Tensor] = []
-        for x in reversed(trail):
+        for looked, x in enumerate(reversed(trail)):
+            if looked >= LOOKED and bool(torch.isfinite(value).all()):
+                break
             S = self.multipliers(x)
             found = self.certify(S)
-            better = found < value
-            value = torch.where(better, found, value)
-            multipliers = [torch.where(better[:, None], new, old) for new, old in zip(S, multipliers or S, strict=True)]
-            if bool(torch.isfinite(value).all()):
-                break
+            better = (found < value)[:, None]
+            value = torch.minimum(value, found)
+            multipliers = [torch.where(better, new, old) for new, old in zip(S, multipliers or S, strict=True)]
         return value, multipliers
 
     def _ahead(self, trail: list[Tensor], objective: Objective, stage: int) -> Tensor:

@@ -20,7 +20,7 @@ from certify.errors import UnsupportedOperation
 from certify.graph import INPUT, Graph, Node
 from certify.lipschitz.chain import Chain
 from certify.lipschitz.fourier import Torus
-from certify.lipschitz.slopes import absolute_transpose
+from certify.lipschitz.slopes import pulled_back
 from certify.lipschitz.steps import FEW, Fold, Gate, Mix, Readout, Renew, Source, Step
 from certify.ops.arithmetic import Scale, Sum
 from certify.ops.base import Affine, Elementwise
@@ -382,7 +382,7 @@ class _Builder:
                 continue
             if node is None or not isinstance(node.rule, Affine):
                 raise UnsupportedOperation(f"the value of {source!r} is gone", "one that is alive")
-            for parent, part in zip(node.inputs, _pulled(self.graph, node, rows, error), strict=True):
+            for parent, part in zip(node.inputs, pulled_back(self.graph, node, rows, error), strict=True):
                 old = pending.get(parent)
                 if old is not None:
                     total = old[0] + part[0]
@@ -495,16 +495,6 @@ class _Builder:
 
     def _finish(self) -> None:
         self._move_plain([self.graph.output])
-
-
-def _pulled(graph: Graph, node: Node, rows: Tensor, error: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Rows pulled back through one affine node, with their errors."""
-    rule = node.rule
-    assert isinstance(rule, Affine)
-    shapes = [graph.shape(parent) for parent in node.inputs]
-    noise = rows.abs() * gamma(2 * rule.fan_out + 16, torch.float64)
-    sizes = absolute_transpose(rule, (noise + error) * (1 + gamma(2 * rule.fan_out + 16, torch.float64)), shapes)
-    return list(zip(rule.transpose(rows), sizes, strict=True))
 
 
 def _dense_groups(weight: Tensor, groups: int) -> Tensor:

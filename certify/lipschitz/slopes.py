@@ -12,7 +12,7 @@ from certify.ops.base import Affine, Elementwise
 from certify.ops.pool import MaxPool
 from certify.propagate.methods import BoundMethod, Propagation, resolve_method
 from certify.propagate.state import Knowledge
-from certify.rounding import FloatAnyOrder
+from certify.rounding import FloatAnyOrder, gamma
 from certify.sets import PerturbationSet
 
 
@@ -59,6 +59,16 @@ def absolute_transpose(rule: Affine, A: Tensor, shapes: list[tuple[int, ...]]) -
     with torch.enable_grad():
         zeros = [A.new_zeros((len(A), *shape), requires_grad=True) for shape in shapes]
         return torch.autograd.grad(rule.absolute(*zeros), zeros, A)
+
+
+def pulled_back(graph: Graph, node: Node, rows: Tensor, error: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return rows [n, *out] over the inputs of an affine node, with bounds of their entries' errors."""
+    rule = node.rule
+    assert isinstance(rule, Affine)
+    shapes = [graph.shape(parent) for parent in node.inputs]
+    roundings = gamma(2 * rule.fan_out + 16, torch.float64)
+    sizes = absolute_transpose(rule, (rows.abs() * roundings + error) * (1 + roundings), shapes)
+    return list(zip(rule.transpose(rows), sizes, strict=True))
 
 
 def _inputs(graph: Graph, knowledge: Knowledge | None, node: Node) -> Interval:

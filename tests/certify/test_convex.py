@@ -1,0 +1,206 @@
+"""Convex certificates: below what is attained, ordered as theory says, and never the solver's word."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from random_nets import random_net
+from scipy.optimize import linprog
+from torch import nn
+
+from certify import CROWN, Box, LpBall, Spec, Verdict, class_margins, prove
+from certify.attacks import PGD
+from certify.bounding import prepare
+from certify.convex.lp import LinearProgram, _Program
+from certify.convex.margin import LipschitzMargin
+from certify.convex.real import affine_form, in_float64, output_drift
+from certify.convex.wong_kolter import WongKolter
+from certify.errors import CertifyError, InvalidInput, UnsupportedOperation
+from certify.registry import METHODS as METHODS_KNOWN
+from certify.results import LipschitzEstimate
+from certify.rounding import FloatAnyOrder, Real
+from models import mlp
+
+METHODS = ("wong-kolter", "lp", "lipschitz")
+
+
+def _lower(model: nn.Module, domain, spec: Spec, method, arithmetic: str = "real") -> torch.Tensor:
+    graph = prepare(model, domain)
+    semantics = Real() if arithmetic == "real" else FloatAnyOrder(graph.dtype)
+    with torch.no_grad():
+        return (CROWN() if method == "crown" else method).bound(graph, domain, spec, semantics)
+
+
+def _every_output(model: nn.Module, x: torch.Tensor) -> Spec:
+    outputs = model(x).flatten(1).shape[1]
+    eye = torch.eye(outputs, dtype=x.dtype)
+    C = torch.cat([eye, -eye]).expand(len(x), -1, -1)
+    return Spec(C, torch.zeros(C.shape[:2], dtype=x.dtype))
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_no_float_execution_is_below_a_bound(seed: int) -> None:
+    model, shape = random_net(seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(2, *shape, generator=generator)
+    p = (torch.inf, 2, 1)[seed % 3]
+    domain = LpBall(x, 0.05 * (1 + seed % 4), p=p) if seed % 4 else Box(x - 0.1, x + 0.05)
+    spec = _every_output(model, x)
+    points = [domain.sample(200, generator), domain.center[None]]
+    with torch.no_grad():
+        rows = torch.cat([torch.stack([spec.rows(model(point)) for point in part]) for part in points]).amin(0)
+    for method in (WongKolter(), LinearProgram(), LipschitzMargin("product"), LipschitzMargin("crown-jacobian")):
+        try:
+            lower = _lower(model, domain, spec, method, "float")
+        except UnsupportedOperation:
+            assert any(isinstance(module, nn.MaxPool2d) for module in model.modules())
+            continue
+        assert bool((lower <= rows).all())
+        assert bool(torch.isfinite(lower).all())
+
+
+@pytest.mark.parametrize("act", ["relu", "tanh", "kaf", "leaky_relu"])
+def test_programs_stand_between_lines_and_attacks(act: str) -> None:
+    torch.manual_seed(1)
+    model = mlp((4, 7, 6, 3), act).eval()
+    x = torch.randn(13, 4)
+    domain = LpBall(x, 0.3)
+    spec = class_margins(model(x).argmax(1), 3)
+    crown = _lower(model, domain, spec, "crown")
+    program = _lower(model, domain, spec, LinearProgram(intervals="crown"))
+    dual = _lower(model, domain, spec, WongKolter(intervals="crown"))
+    attack = PGD(steps=20, restarts=2)(model, domain, spec, generator=torch.Generator().manual_seed(0))
+    assert bool((crown <= program + 1e-6).all())
+    assert bool((dual <= program + 1e-6).all())
+    assert bool((program <= attack.margin + 1e-5).all())
+    assert float((program - crown).max()) > 1e-3
+
+
+def test_a_two_layer_program_is_the_triangle_relaxation() -> None:
+    """Against dense matrices written down here."""
+    torch.manual_seed(2)
+    model = mlp((3, 6, 5, 2), "relu").double().eval()
+    x, radius = torch.randn(1, 3).double(), 0.4
+    domain = LpBall(x, radius)
+    spec = class_margins(torch.tensor([0]), 2, dtype=torch.float64)
+    found = float(_lower(model, domain, spec, LinearProgram(intervals="ibp"))[0, 0])
+    layers = [module for module in model if isinstance(module, nn.Linear)]
+    low, high = (x - radius)[0], (x + radius)[0]
+    sizes = [3, 6, 5]
+    starts = np.cumsum([0, *sizes])
+    bounds = [*zip(low.tolist(), high.tolist(), strict=True)]
+    A, b = [], []
+    for k, layer in enumerate(layers[:-1]):
+        W, c = layer.weight.detach(), layer.bias.detach()
+        middle, half = W @ ((low + high) / 2) + c, W.abs() @ ((high - low) / 2)
+        low, high = middle - half, middle + half
+        for i in range(len(W)):
+            v = np.zeros(starts[-1])
+            v[starts[k] : starts[k + 1]] = W[i]
+            y = np.zeros(starts[-1])
+            y[starts[k + 1] + i] = 1
+            slope = float(high[i].clamp(min=0) / (high[i] - low[i])) if low[i] < 0 else 1.0
+            gap = -slope * float(low[i]) if low[i] < 0 < high[i] else 0.0
+            A += [v - y, -y, y - slope * v]
+            b += [-float(c[i]), 0.0, slope * float(c[i]) + gap]
+            bounds.append((max(0.0, float(low[i])), max(0.0, float(high[i]))))
+        low, high = low.clamp(min=0), high.clamp(min=0)
+    last = layers[-1]
+    cost = np.zeros(starts[-1])
+    row = spec.C[0, 0]
+    cost[starts[2] :] = (row @ last.weight.detach()).numpy()
+    truth = linprog(cost, np.array(A), np.array(b), bounds=bounds, method="highs").fun + float(row @ last.bias.detach())
+    assert found == pytest.approx(truth, abs=1e-7)
+
+
+def test_any_multipliers_give_a_bound() -> None:
+    torch.manual_seed(3)
+    model = mlp((3, 6, 2), "kaf").eval()
+    x = torch.randn(1, 3)
+    domain = LpBall(x, 0.2, p=2)
+    spec = class_margins(torch.tensor([0]), 2)
+    graph = prepare(model, domain)
+    with torch.no_grad():
+        knowledge = CROWN().learn(graph, domain, Real())
+        real = in_float64(graph)
+        forms = {node.name: affine_form(real, node.inputs[0]) for node in graph.nodes.values() if not node.rule.affine}
+        program = _Program(knowledge, forms, affine_form(real, graph.output), 0)
+        sampled = min(float(spec.rows(model(point))[0, 0]) for point in domain.sample(300))
+    best = float(program.rows(spec.C[0].double(), spec.d[0].double())[0])
+    solve, generator = program._solve, np.random.default_rng(0)
+    for scale in (1e-3, 0.1, 10.0):
+        program._solve = lambda cost, s=scale: [
+            tuple(part + s * generator.standard_normal(len(part)) for part in solve(cost)[0])
+        ]
+        worse = float(program.rows(spec.C[0].double(), spec.d[0].double())[0])
+        assert worse <= best <= sampled
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_floats_drift_no_farther_than_stated(seed: int) -> None:
+    model, shape = random_net(seed)
+    generator = torch.Generator().manual_seed(seed)
+    domain = LpBall(torch.rand(2, *shape, generator=generator), 0.2)
+    graph = prepare(model, domain)
+    with torch.no_grad():
+        knowledge = CROWN().learn(graph, domain, FloatAnyOrder(torch.float32))
+        drift = output_drift(knowledge)
+        real = in_float64(graph)
+        for point in domain.sample(50, generator):
+            exact = real.forward(point.double())[real.output].flatten(1)
+            assert bool(((model(point).double().flatten(1) - exact).abs() <= drift).all())
+        assert bool((output_drift(CROWN().learn(graph, domain, Real())) == 0).all())
+
+
+def test_lipschitz_margins_prove_small_balls() -> None:
+    torch.manual_seed(4)
+    model = mlp((4, 8, 3), "relu").eval()
+    x = torch.randn(6, 4)
+    labels = model(x).argmax(1)
+    spec = class_margins(labels, 3)
+    for p in (torch.inf, 2, 1):
+        found = prove(model, LpBall(x, 1e-3, p=p), spec, "lipschitz")
+        assert Verdict.HOLDS in found.verdicts
+    with pytest.raises(UnsupportedOperation, match="lower"):
+        prove(model, LpBall(x, 1e-3), spec, LipschitzMargin("jacobian"))
+
+
+@dataclass(frozen=True)
+class _Liar:
+    """Claims a constant that is too small."""
+
+    rows: tuple[tuple[float, ...], ...] = field(default=())
+
+    def estimate(self, question):
+        batch, count = question.spec.C.shape[:2]
+        return LipschitzEstimate(0.0, "upper", "liar", question.p, {}, ((0.0,) * count,) * batch)
+
+
+def test_a_constant_of_zero_gives_the_value_at_the_centre() -> None:
+    torch.manual_seed(5)
+    model = mlp((4, 8, 3), "relu").double().eval()
+    x = torch.randn(2, 4).double()
+    spec = class_margins(torch.tensor([0, 1]), 3, dtype=torch.float64)
+    lower = _lower(model, LpBall(x, 0.5), spec, LipschitzMargin(_Liar()))
+    rows = spec.rows(model(x)).detach()
+    assert bool((lower <= rows).all())
+    torch.testing.assert_close(lower, rows, rtol=1e-9, atol=1e-9)
+
+
+def test_what_is_too_large_or_unknown_is_refused() -> None:
+    wide = mlp((4, 2500, 2), "relu").eval()
+    domain = LpBall(torch.zeros(1, 4), 0.1)
+    spec = class_margins(torch.tensor([0]), 2)
+    with pytest.raises(UnsupportedOperation, match="2500 hidden neurons"):
+        _lower(wide, domain, spec, LinearProgram())
+    pool = nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(2, 2)).eval()
+    image = LpBall(torch.zeros(1, 1, 4, 4), 0.1)
+    with pytest.raises(UnsupportedOperation, match="MaxPool2d"):
+        _lower(pool, image, spec, LinearProgram())
+    with pytest.raises(InvalidInput, match="no intervals"):
+        _lower(mlp((4, 3, 2)).eval(), domain, spec, LinearProgram(intervals="lp"))
+    assert issubclass(UnsupportedOperation, CertifyError)
+    assert set(METHODS) <= set(METHODS_KNOWN)
