@@ -26,7 +26,7 @@ from certify.enclosures import Interval, Relaxation
 from certify.errors import UnsupportedOperation
 from certify.graph import INPUT, Graph
 from certify.ops.base import Elementwise
-from certify.propagate.methods import BoundMethod
+from certify.propagate.methods import BoundMethod, finite
 from certify.propagate.state import Knowledge
 from certify.registry import register_method
 from certify.rounding import Arithmetic, gamma
@@ -67,7 +67,7 @@ class LinearProgram:
             ]
         )
         drift = torch.einsum("bro,bo->br", claim.C.abs(), output_drift(knowledge)) * (1 + 2.0**-40)
-        return (found - drift).nan_to_num(nan=-torch.inf)
+        return finite(found - drift)
 
 
 class _Program:

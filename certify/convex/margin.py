@@ -20,7 +20,7 @@ from certify.graph import Graph
 from certify.lipschitz.estimate import Estimator, Question
 from certify.lipschitz.recursion import Recursion
 from certify.lipschitz.tightest import Tightest
-from certify.propagate.methods import BoundMethod, spec_rows
+from certify.propagate.methods import BoundMethod, finite, spec_rows
 from certify.propagate.state import Knowledge, propagate_intervals
 from certify.registry import ESTIMATORS, lookup, register_method
 from certify.rounding import Arithmetic, FloatAnyOrder
@@ -56,7 +56,7 @@ class LipschitzMargin:
         fall = L * radius[:, None]
         drift = output_drift(learned_by(self.intervals, graph, domain, arithmetic))
         fall = fall + torch.einsum("bro,bo->br", claim.C.abs(), drift)
-        return (rows - fall - (rows.abs() + fall) * 2.0**-40).nan_to_num(nan=-torch.inf)
+        return finite(rows - fall - (rows.abs() + fall) * 2.0**-40)
 
 
 def _reach(domain: PerturbationSet) -> tuple[float, Float64[Tensor, "batch"]]:

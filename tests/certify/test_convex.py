@@ -14,9 +14,11 @@ from torch import nn
 from certify import CROWN, Box, LpBall, Spec, Verdict, class_margins, prove
 from certify.attacks import PGD
 from certify.bounding import prepare
+from certify.convex import semidefinite
 from certify.convex.lp import LinearProgram, _Program
 from certify.convex.margin import LipschitzMargin
 from certify.convex.real import affine_form, in_float64, output_drift
+from certify.convex.semidefinite import SemidefiniteProgram
 from certify.convex.wong_kolter import WongKolter
 from certify.errors import CertifyError, InvalidInput, UnsupportedOperation
 from certify.registry import METHODS as METHODS_KNOWN
@@ -24,7 +26,7 @@ from certify.results import LipschitzEstimate
 from certify.rounding import FloatAnyOrder, Real
 from models import mlp
 
-METHODS = ("wong-kolter", "lp", "lipschitz")
+METHODS = ("wong-kolter", "lp", "sdp", "lipschitz")
 
 
 def _lower(model: nn.Module, domain, spec: Spec, method, arithmetic: str = "real") -> torch.Tensor:
@@ -155,6 +157,49 @@ def test_floats_drift_no_farther_than_stated(seed: int) -> None:
         assert bool((output_drift(CROWN().learn(graph, domain, Real())) == 0).all())
 
 
+@pytest.mark.parametrize("act", ["relu", "leaky_relu", "tanh", "kaf"])
+def test_a_semidefinite_bound_is_below_what_is_met_and_above_lines(act: str) -> None:
+    torch.manual_seed(6)
+    model = mlp((3, 5, 4, 3), act).eval()
+    x = torch.randn(2, 3)
+    domain = LpBall(x, 0.4)
+    spec = class_margins(model(x).argmax(1), 3)
+    found = _lower(model, domain, spec, SemidefiniteProgram(), "float")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        met = torch.stack([spec.rows(model(point)) for point in domain.sample(3000, generator)]).amin(0)
+    assert bool((found <= met).all())
+    crown = _lower(model, domain, spec, "crown")
+    assert bool((found >= crown - 0.02 * (1 + crown.abs())).all())
+    if act == "relu":
+        assert float((found - crown).max()) > 1e-3
+
+
+def test_semidefinite_multipliers_of_any_size_give_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(7)
+    model = mlp((2, 4, 2), "relu").eval()
+    x = torch.randn(1, 2)
+    domain = LpBall(x, 0.5)
+    spec = class_margins(model(x).argmax(1), 2)
+    best = _lower(model, domain, spec, SemidefiniteProgram())
+    propose, generator = semidefinite._propose, torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        met = torch.stack([spec.rows(model(point)) for point in domain.sample(2000, generator)]).amin(0)
+    for scale in (1e-3, 0.3, 30.0):
+
+        def noisy(*args, s=scale):
+            ranges, multipliers, level = propose(*args)
+            noise = [s * torch.randn(part.shape, generator=generator).double() for part in (ranges, multipliers)]
+            return ranges + noise[0], multipliers + noise[1], level + s
+
+        monkeypatch.setattr(semidefinite, "_propose", noisy)
+        worse = _lower(model, domain, spec, SemidefiniteProgram())
+        assert bool((worse <= best + 1e-6).all())
+        assert bool((worse <= met).all())
+    monkeypatch.setattr(semidefinite, "_propose", lambda *_: None)
+    assert bool((_lower(model, domain, spec, SemidefiniteProgram()) == -torch.inf).all())
+
+
 def test_lipschitz_margins_prove_small_balls() -> None:
     torch.manual_seed(4)
     model = mlp((4, 8, 3), "relu").eval()
@@ -198,6 +243,10 @@ def test_what_is_too_large_or_unknown_is_refused() -> None:
         _lower(wide, domain, spec, LinearProgram())
     pool = nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(2, 2)).eval()
     image = LpBall(torch.zeros(1, 1, 4, 4), 0.1)
+    with pytest.raises(UnsupportedOperation, match="2500 hidden neurons"):
+        _lower(wide, domain, spec, SemidefiniteProgram())
+    with pytest.raises(UnsupportedOperation, match="inputs"):
+        _lower(mlp((400, 3, 2)).eval(), LpBall(torch.zeros(1, 400), 0.1), spec, SemidefiniteProgram())
     with pytest.raises(UnsupportedOperation, match="MaxPool2d"):
         _lower(pool, image, spec, LinearProgram())
     with pytest.raises(InvalidInput, match="no intervals"):
