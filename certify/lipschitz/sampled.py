@@ -1,7 +1,7 @@
 """Lower bounds: the largest Jacobian norm that a multi-start ascent meets.
 
 A Jacobian at a differentiable point of the domain is a limit of difference quotients, so no Lipschitz constant lies
-below its norm. Values of CLEVER's kind, extrapolated from samples, are estimates and have no place here.
+below its norm. Values extrapolated from samples are estimates: see clever.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 
 from certify.errors import InvalidInput
+from certify.graph import INPUT
 from certify.lipschitz.estimate import Question
+from certify.lipschitz.power import attained
 from certify.registry import register_estimator
 from certify.results import LipschitzEstimate
 from certify.sets import PerturbationSet
@@ -43,19 +45,24 @@ class JacobianAscent:
             raise InvalidInput(f"starts={self.starts}, steps={self.steps}", "starts >= 1, steps >= 0")
 
     def estimate(self, question: Question) -> LipschitzEstimate:
-        """Return the bound, side "lower"; ``rows`` are the best gradients met per sample."""
+        """Return the bound, side "lower"; ``rows`` are the best gradients met per sample.
+
+        ``layers`` are lower bounds of the constants of the single nodes (see power.py), as those of "product" are
+        upper ones.
+        """
         generator = self.generator if self.generator is not None else torch.Generator().manual_seed(0)
         domain, spec, graph = question.domain, question.spec, question.graph
         x = _starts(question, self.starts, generator)
-        climb = _Climb(graph.model, x, domain, question.p, _claims(spec, len(x), self.starts, domain))
+        climb = _Climb(graph.model, x, domain, question.p, claims(spec, len(x), self.starts, domain))
         for step in range(self.steps):
             climb.step(generator, follow=step % 3 != 2)
+        layers = _layers(question, climb.x)
         best = climb.best.view(-1, self.starts, climb.best.shape[1]).amax(1)
         if spec is None:
-            return LipschitzEstimate(float(best.max()), "lower", "jacobian", question.p)
+            return LipschitzEstimate(float(best.max()), "lower", "jacobian", question.p, layers)
         best = best if domain is not None else best.amax(0).view(spec.batch, -1)
         rows = tuple(tuple(row) for row in best.tolist())
-        return LipschitzEstimate(float(best.max()), "lower", "jacobian", question.p, {}, rows)
+        return LipschitzEstimate(float(best.max()), "lower", "jacobian", question.p, layers, rows)
 
 
 class _Climb:
@@ -91,30 +98,51 @@ class _Climb:
         """The norms at x, and a direction in which the largest one may grow."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            jacobian = self._jacobian(x)
-            if self.C is not None:
-                dual = 2 if self.p == 2 else 1
-                norms = torch.linalg.vector_norm(jacobian, ord=dual, dim=2)
-            elif self.p == 2:
-                norms = torch.linalg.matrix_norm(jacobian, ord=2)[:, None]
-            else:
-                norms = jacobian.abs().sum(2).amax(1, keepdim=True)
+            slopes = jacobian(self.model, x, self.C)
+            norms = jacobian_norms(slopes, self.p, rows=self.C is not None)
             top = norms.amax(1).sum()
             (uphill,) = torch.autograd.grad(top, x, allow_unused=True) if top.requires_grad else (None,)
-        strongest = jacobian.detach()[torch.arange(len(x)), jacobian.detach().abs().sum(2).argmax(1)].view_as(x)
+        slopes = slopes.detach()
+        strongest = slopes[torch.arange(len(x)), slopes.abs().sum(2).argmax(1)].view_as(x)
         uphill = torch.zeros_like(x) if uphill is None else uphill.nan_to_num(nan=0.0)
         flat = (uphill == 0).flatten(1).all(1)
         return norms.detach().nan_to_num(nan=0.0), torch.where(_column(flat, x), strongest, uphill)
 
-    def _jacobian(self, x: Tensor) -> Float64[Tensor, "n rows features"]:
-        """The Jacobian of the outputs, or of the spec's rows."""
-        y = self.model(x).flatten(1)
-        y = y if self.C is None else torch.einsum("nro,no->nr", self.C, y)
-        rows = []
-        for i in range(y.shape[1]):
-            (row,) = torch.autograd.grad(y[:, i].sum(), x, create_graph=True)
-            rows.append(row.flatten(1))
-        return torch.stack(rows, 1)
+
+def jacobian(
+    model: nn.Module, x: Float64[Tensor, "n *shape"], C: Float64[Tensor, "n rows outputs"] | None
+) -> Float64[Tensor, "n rows features"]:
+    """Return the Jacobian of the outputs at every x, or of the rows C of a spec; differentiable in x."""
+    y = model(x).flatten(1)
+    y = y if C is None else torch.einsum("nro,no->nr", C, y)
+    rows = []
+    for i in range(y.shape[1]):
+        (row,) = torch.autograd.grad(y[:, i].sum(), x, create_graph=True)
+        rows.append(row.flatten(1))
+    return torch.stack(rows, 1)
+
+
+def jacobian_norms(
+    slopes: Float64[Tensor, "n rows features"], p: float, *, rows: bool
+) -> Float64[Tensor, "n quantities"]:
+    """Return the constants of every Jacobian: of its rows, or the one of the whole output."""
+    if rows:
+        return torch.linalg.vector_norm(slopes, ord=2 if p == 2 else 1, dim=2)
+    if p == 2:
+        return torch.linalg.matrix_norm(slopes, ord=2)[:, None]
+    return slopes.abs().sum(2).amax(1, keepdim=True)
+
+
+def _layers(question: Question, x: Tensor) -> dict[str, float]:
+    """What the nodes of one input attain: on the domain at the values that x gives, else anywhere."""
+    graph = question.graph
+    with torch.no_grad():
+        values = None if question.domain is None else {INPUT: x, **graph.forward(x)}
+        return {
+            name: attained(graph, node, question.p, None if values is None else values[node.inputs[0]])
+            for name, node in graph.nodes.items()
+            if len(node.inputs) == 1
+        }
 
 
 def _starts(question: Question, n: int, generator: torch.Generator) -> Float64[Tensor, "n *shape"]:
@@ -127,7 +155,7 @@ def _starts(question: Question, n: int, generator: torch.Generator) -> Float64[T
     return (draws * _column(sizes.to(draws.device), draws)).to(graph.device)
 
 
-def _claims(spec: Spec | None, points: int, starts: int, domain: PerturbationSet | None) -> Tensor | None:
+def claims(spec: Spec | None, points: int, starts: int, domain: PerturbationSet | None) -> Tensor | None:
     """C per point: its own sample's rows with a domain, the rows of all samples without."""
     if spec is None:
         return None
