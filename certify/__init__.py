@@ -20,7 +20,7 @@ from certify.errors import (
     SoundnessAlarm,
     UnsupportedOperation,
 )
-from certify.lipschitz import lipschitz_constant
+from certify.lipschitz import lipschitz_constant, penalties
 from certify.memory import options
 from certify.propagate.alpha import AlphaCROWN
 from certify.propagate.attribute import NodeBlame, explain
@@ -80,6 +80,7 @@ __all__ = [
     "logit_sign",
     "options",
     "output_band",
+    "penalties",
     "prove",
     "register_activation",
     "register_attack",

@@ -39,26 +39,31 @@ def training_margins(
     chosen = resolve_method(method)
     if not isinstance(chosen, (IBP, CrownIBP)):
         raise InvalidInput(f"method {chosen.name!r} for training", "ibp or crown-ibp")
-    with _evaluating(model):
+    _check_modes(model)
+    with evaluating(model):
         graph = prepare(model, domain, live=True)
     return chosen.bound(graph, domain, check_spec(graph, domain, spec), Real())
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch to eval mode, and back, what is in train mode without computing anything else there."""
-    training = {name: module for name, module in model.named_modules() if module.training}
-    for name, module in training.items():
-        if isinstance(module, (_BatchNorm, _DropoutNd)):
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch to eval mode, and back, what is in train mode."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _check_modes(model: nn.Module) -> None:
+    """Refuse layers in train mode that compute something else there."""
+    for name, module in model.named_modules():
+        if module.training and isinstance(module, (_BatchNorm, _DropoutNd)):
             raise InvalidModel(
                 f"{type(module).__name__} at {name!r} is in train mode",
                 "eval mode: bounds hold for running statistics, and without dropout",
                 "module.eval() for such layers after model.train()",
             )
-    try:
-        for module in training.values():
-            module.training = False
-        yield
-    finally:
-        for module in training.values():
-            module.training = True

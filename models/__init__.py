@@ -3,5 +3,6 @@
 from models.kaf import KAF
 from models.kaf_facts import KAFFacts
 from models.networks import cnn, mlp
+from models.penalties import curvature_penalty, slope_penalty
 
-__all__ = ["KAF", "KAFFacts", "cnn", "mlp"]
+__all__ = ["KAF", "KAFFacts", "cnn", "curvature_penalty", "mlp", "slope_penalty"]

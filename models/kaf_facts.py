@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from certify import Activation, Curve, Interval, Smooth, register_activation
@@ -19,8 +20,8 @@ from certify.rounding import gamma as gamma_n
 from certify.rounding import round_down, round_up, step_down, step_up, unit_roundoff
 from models.gaussian import gaussian_sum
 from models.kaf import KAF
-from models.kaf_table import Gaussians, Table, kept
-from models.kaf_turns import Turns, curvatures, slopes
+from models.kaf_table import Gaussians, Table, hermite, kept
+from models.kaf_turns import Extremes, Turns, curvatures, slopes
 
 STEEPEST = 1e3  # largest gamma: a table of steeper kernels would be long or coarse
 COARSER = 8  # times fewer nodes where a point within 1e-6 of a turning point will do
@@ -171,6 +172,18 @@ class KAFFacts(Smooth):
                 "KAF(channels, init=...) to start as that function",
             )
         return self._turned(self._curvatures, z)
+
+    def extremes(self, order: int, lower: Float64[Tensor, "channels"], upper: Float64[Tensor, "channels"]) -> Extremes:
+        """Return the certified range of f' (order 1) or f'' (order 2) on one interval per channel, without the base."""
+        turns = {1: lambda: self._slopes, 2: lambda: self._curvatures}[order]()
+        return turns.extremes(lower, upper, torch.arange(len(self._sum.alpha), device=lower.device))
+
+    def derivative(self, order: int, s: Float64[Tensor, "channels"]) -> Float64[Tensor, "channels"]:
+        """Return f^(order) at one point per channel, without the base; differentiable where facts are live."""
+        alpha, dictionary, gamma = self._live
+        unit = (2 * gamma).sqrt()
+        v = (s[:, None] - dictionary) * unit
+        return (alpha * hermite(order, v) * torch.exp(v.square() * -0.5)).sum(1) * (-unit) ** order
 
     def rounding_error(self, z: Interval) -> Tensor:
         """gamma_{4D+10} sum|alpha|, whatever the order of the D terms; one rounding more for a base."""

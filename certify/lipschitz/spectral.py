@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import singledispatch
 
 import torch
-from jaxtyping import Float64, Inexact
+from jaxtyping import Complex128, Float64, Inexact
 from torch import Tensor
 
 from certify.errors import UnsupportedOperation
@@ -151,19 +151,31 @@ def convolution_norm(
     kernel = weight.shape[2:]
     torus = [n + d * (k - 1) for n, d, k in zip(sizes, dilation, kernel, strict=True)]
     taps = weight.unflatten(0, (groups, -1)).flatten(3)  # [groups, out, in, taps]
-    # Each phase is off by less than 64 u, each sum of products by gamma of its length.
-    entry = gamma(4 * taps.shape[3] + 80, torch.float64) * taps.abs().sum(3)
-    error = float(entry.square().sum((1, 2)).max().sqrt()) * 1.01
     chunk = max(1, _CHUNK // taps[..., 0].numel())
     found = 0.0
-    for phases in _phases(torus, dilation, kernel, chunk):
-        blocks = torch.einsum("goit,ft->fgoi", taps.to(torch.complex128), phases.to(taps.device)).flatten(0, 1)
-        found = singular_bound(blocks, found)
-    return found + error
+    for phases in torus_phases(torus, dilation, kernel, chunk):
+        found = singular_bound(fourier_blocks(taps, phases), found)
+    return found + block_error(taps)
 
 
-def _phases(torus: list[int], dilation: tuple[int, ...], kernel: torch.Size, chunk: int) -> Iterator[Tensor]:
-    """exp(-2 pi i sum_a f_a d_a t_a / N_a) [frequencies, taps], a chunk of frequencies at a time."""
+def fourier_blocks(
+    taps: Float64[Tensor, "groups out in taps"], phases: Complex128[Tensor, "frequencies taps"]
+) -> Complex128[Tensor, "blocks out in"]:
+    """Return the blocks of a circular convolution, those of one frequency together."""
+    return torch.einsum("goit,ft->fgoi", taps.to(torch.complex128), phases.to(taps.device)).flatten(0, 1)
+
+
+def block_error(taps: Float64[Tensor, "groups out in taps"]) -> float:
+    """Return a bound of the spectral norm of what ``fourier_blocks`` rounds.
+
+    Each phase is off by less than 64 u, each sum of products by gamma of its length.
+    """
+    entry = gamma(4 * taps.shape[3] + 80, torch.float64) * taps.abs().sum(3)
+    return float(entry.square().sum((1, 2)).max().sqrt()) * 1.01
+
+
+def torus_phases(torus: list[int], dilation: tuple[int, ...], kernel: tuple[int, ...], chunk: int) -> Iterator[Tensor]:
+    """Yield exp(-2 pi i sum_a f_a d_a t_a / N_a) [frequencies, taps], a chunk of frequencies at a time."""
     half = [*torus[:-1], torus[-1] // 2 + 1]
     frequencies = torch.cartesian_prod(*(torch.arange(n) for n in half)).view(-1, len(torus))
     taps = torch.cartesian_prod(*(torch.arange(k) for k in kernel)).view(-1, len(kernel))
