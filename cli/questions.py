@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,8 @@ from cli.options import (
     NetworkOptions,
     OutputOptions,
 )
+
+_ESTIMATORS = "recursion,eclipse-fast,product,jacobian"
 
 
 def report(
@@ -120,12 +123,14 @@ def lipschitz(
     networks: NetworkOptions,
     output: OutputOptions,
     norm: Annotated[str, typer.Option(metavar="NORM", help="l2 or linf, of inputs and outputs.")] = "l2",
-    methods: Annotated[str, typer.Option(metavar="M,...", help="Estimators (see `certify ops`).")] = "product,jacobian",
+    methods: Annotated[str, typer.Option(metavar="M,...", help="Estimators (see `certify ops`).")] = _ESTIMATORS,
 ) -> None:
     """How much a change of the input can change the outputs.
 
-    Bounds of the Lipschitz constant over the whole space, from above (certified) and from below (met).
+    Bounds of the Lipschitz constant over the whole space, from above (certified) and from below (met), for the
+    network and for its layers alone.
     """
+    from certify.errors import UnsupportedOperation
     from certify.lipschitz import lipschitz_constant
     from cli import output as out
     from cli import render
@@ -134,11 +139,23 @@ def lipschitz(
 
     console = out.console(output.json)
     found = {}
-    names = items(methods, "methods", "product,jacobian")
+    names = items(methods, "methods", _ESTIMATORS)
     for network in subjects(networks):
         shape, p = required_shape(network), exponent(norm)
-        rows = [lipschitz_constant(network.model, p=p, method=name, input_shape=shape) for name in names]
-        found[network.name] = [row.to_dict() for row in rows]
+        answers = []
+        for name in names:
+            start, estimate, refusal = time.perf_counter(), None, ""
+            try:
+                estimate = lipschitz_constant(network.model, p=p, method=name, input_shape=shape)
+            except UnsupportedOperation as error:
+                if len(names) == 1:
+                    raise
+                refusal = error.got
+            answers.append(render.Answer(name, estimate, refusal, time.perf_counter() - start))
+        found[network.name] = [
+            {**answer.estimate.to_dict(), "seconds": answer.seconds} for answer in answers if answer.estimate
+        ]
         console.print(f"[bold]{network.name}[/]: {network.network}; normalisation: {network.normalisation}")
-        console.print(render.lipschitz(rows, norm))
+        for part in render.lipschitz(answers, norm):
+            console.print(part)
     out.publish(output.json, "lipschitz", out.arguments(networks, norm=norm, methods=methods), {"networks": found})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 from rich.markup import escape
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from analysis.records import Evaluation, LayerRow, NetworkReport, OutputBounds, Sensitivity
 from certify.results import LipschitzEstimate
-from cli.theme import BAD, DIM, GOOD, NAME, WARN, count, number, percent, radius, rate, seconds, shape, table
+from cli.theme import BAD, DIM, GOOD, NAME, WARN, bound, count, number, percent, radius, rate, seconds, shape, table
 
 VERDICTS = {"holds": GOOD, "violated": BAD, "unknown": WARN}
 
@@ -122,15 +123,41 @@ def outputs(row: OutputBounds) -> Table:
     return made
 
 
-def lipschitz(rows: Sequence[LipschitzEstimate], norm: str) -> Table:
-    """The constants of the whole network, and of its layers where a method has them."""
-    made = table(f"Lipschitz constants ({norm} to {norm})", "", *(row.method for row in rows))
-    sides = {"upper": "at most (certified)", "lower": "at least (met)", "estimate": "about"}
-    made.add_row("says", *(sides[row.side] for row in rows))
-    made.add_row("network", *(number(row.value) for row in rows), style=NAME, end_section=True)
-    for name in dict.fromkeys(name for row in rows for name in row.layers):
-        made.add_row(name, *(number(row.layers.get(name)) for row in rows))
-    return made
+@dataclass(frozen=True)
+class Answer:
+    """What one estimator said: an estimate, or why it refused; and how long it took."""
+
+    method: str
+    estimate: LipschitzEstimate | None
+    refusal: str
+    seconds: float
+
+
+def lipschitz(answers: Sequence[Answer], norm: str) -> Iterable[Table | str]:
+    """The constants of the whole network by every method, the bracket that they make, and those of the layers."""
+    made = table(f"Lipschitz constant ({norm} to {norm})", "method", "side", "network", "time")
+    for answer in answers:
+        found = answer.estimate
+        side, value = ("refused", "-") if found is None else (found.side, bound(found.value, found.side))
+        made.add_row(answer.method, side, value, seconds(answer.seconds))
+    yield made
+    yield from (f"{answer.method}: {escape(answer.refusal)}" for answer in answers if answer.refusal)
+    known = [answer.estimate for answer in answers if answer.estimate is not None]
+    low, high = _bracket([(found.side, found.value) for found in known])
+    yield f"bracket of the network: {bound(low, 'lower')} <= L <= {bound(high, 'upper')}"
+    names = list(dict.fromkeys(name for found in known for name in found.layers))
+    if names:
+        layers = table(f"Layers alone ({norm} to {norm})", "layer", "lower", "upper")
+        for name in names:
+            low, high = _bracket([(found.side, found.layers[name]) for found in known if name in found.layers])
+            layers.add_row(name, bound(low, "lower"), bound(high, "upper"))
+        yield layers
+
+
+def _bracket(values: Sequence[tuple[str, float]]) -> tuple[float | None, float | None]:
+    """The largest lower and the smallest upper bound; estimates say nothing."""
+    lower, upper = ([value for side, value in values if side == wanted] for wanted in ("lower", "upper"))
+    return max(lower, default=None), min(upper, default=None)
 
 
 def _style(row: LayerRow, worst: float) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
 from fractions import Fraction
 
 from rich import box
@@ -52,6 +53,15 @@ def number(value: float | None) -> str:
     if 0.01 <= abs(value) < 1000:
         return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
     return f"{value:.2g}"
+
+
+def bound(value: float | None, side: str) -> str:
+    """Four significant digits, an upper bound rounded up and a lower one down; - where there is no number."""
+    if value is None or not math.isfinite(value) or value == 0:
+        return number(value)
+    mode = {"upper": ROUND_CEILING, "lower": ROUND_FLOOR}.get(side, ROUND_HALF_EVEN)
+    exact = Decimal(value)
+    return f"{exact.quantize(Decimal(1).scaleb(exact.adjusted() - 3), rounding=mode):.4g}"
 
 
 def radius(value: Fraction) -> str:

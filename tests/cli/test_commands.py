@@ -133,11 +133,18 @@ def test_attack_saves_points_of_the_ball_that_fool(folder: Path, capsys: Capture
 
 
 def test_lipschitz_bounds_enclose(folder: Path, capsys: Capture) -> None:
-    text = said(capsys, "lipschitz net --json out.json")
-    upper, lower = json.loads((folder / "out.json").read_text())["results"]["networks"]["net"]
-    assert (upper["side"], lower["side"]) == ("upper", "lower")
-    assert lower["value"] <= upper["value"]
-    assert theme.number(upper["value"]) in text
+    text = said(capsys, "lipschitz net --json out.json --methods recursion,clever,product,jacobian")
+    best, product, lower = json.loads((folder / "out.json").read_text())["results"]["networks"]["net"]
+    assert [found["side"] for found in (best, product, lower)] == ["upper", "upper", "lower"]
+    assert lower["value"] <= best["value"] <= product["value"]
+    assert all(found["seconds"] > 0 for found in (best, product, lower))
+    low, high = theme.bound(lower["value"], "lower"), theme.bound(best["value"], "upper")
+    assert f"{low} <= L <= {high}" in text
+    assert "refused" in text  # CLEVER asks for a domain
+    assert float(low) <= lower["value"]
+    assert best["value"] <= float(high)
+    assert "linear1" in text
+    assert run("lipschitz net --methods clever") != 0
 
 
 def test_ops_lists_all_registries(capsys: Capture) -> None:
