@@ -17,9 +17,12 @@ from torch import Tensor, nn
 import certify
 from certify.activations import enclose, fan, piecewise, smooth
 from certify.activations.piecewise import PiecewiseLinear
+from certify.convex import lp, semidefinite
 from certify.enclosures import Interval, Relaxation
 from certify.frames import Frame
 from certify.graph import Call, _Builder
+from certify.lipschitz import compile as compiling
+from certify.lipschitz import steps
 from certify.ops.arithmetic import Scale, Sum
 from certify.ops.base import Affine, Elementwise, inner
 from certify.ops.conv import Conv, ConvTranspose
@@ -387,3 +390,66 @@ def both_ends_from_the_same_sign(patch: Patch) -> None:
     patch.setattr(
         Neurons, "rows", lambda self, index, sign=None: before(self, index, None if sign is None else sign.abs())
     )
+
+
+@mutant(check.negative_slopes)
+def product_of_slopes_forgotten(patch: Patch) -> None:
+    """Without the term a b of a sector its lower end counts as 0."""
+    before = compiling.Gate
+    patch.setattr(
+        compiling, "Gate", lambda name, c, r: before(name, (c + r) / 2, (c + r).abs() / 2 * (c + r > 0) * 0.1)
+    )
+
+
+@mutant(check.torus_of_a_padded_convolution)
+def torus_without_room(patch: Patch) -> None:
+    patch.setattr(compiling._Builder, "_widen", lambda *_: None)
+
+
+@mutant(check.overlapping_windows)
+def overlap_forgotten(patch: Patch) -> None:
+    before = compiling.Renew
+    patch.setattr(compiling, "Renew", lambda name, gain, *rest: before(name, gain / gain, *rest))
+
+
+@mutant(check.multipliers_without_a_proof)
+def growth_forgotten(patch: Patch) -> None:
+    """Without the inverse of S - M small multipliers cost nothing."""
+    patch.setattr(steps, "_grow_bound", lambda P, T: P.clone())
+
+
+@mutant(check.step_in_sixty_digits)
+def rounding_of_states_forgotten(patch: Patch) -> None:
+    before = steps._settled
+    patch.setattr(steps, "_settled", lambda Q, errors: before(Q, lambda w: 0 * w))
+    patch.setattr(steps, "FEW", 0.0)
+
+
+@mutant(check.program_of_floats)
+def drift_forgotten(patch: Patch) -> None:
+    before = lp.output_drift
+    patch.setattr(lp, "output_drift", lambda knowledge: 0 * before(knowledge))
+
+
+@mutant(check.program_with_noise)
+def signs_of_multipliers_unchecked(patch: Patch) -> None:
+    """Equations in place of inequalities: any sign would do."""
+    before = lp._Program._value
+
+    def value(self: Any, cost: Any, blur: Any, inequality: Any, equation: Any) -> float:
+        return before(self, cost, blur, inequality, equation) + float(abs(inequality).sum()) + 0.5
+
+    patch.setattr(lp._Program, "_value", value)
+
+
+@mutant(check.program_with_noise)
+def smallest_eigenvalue_on_trust(patch: Patch) -> None:
+    """The solver's gamma, somewhat raised, without the repair."""
+    before = semidefinite._propose
+
+    def propose(*parts: Any) -> Any:
+        ranges, multipliers, level = before(*parts)
+        return ranges, multipliers, level + 5.0
+
+    patch.setattr(semidefinite, "_propose", propose)
+    patch.setattr(semidefinite, "top", lambda P: torch.zeros(1))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import mpmath
 import pytest
 import torch
+from exact_recursion import exact_gate
+from random_nets import attained
 from references import AnyOrder, graph_of, points
 from strategies import Function, affine, dense, domains, inputs
 from torch import Tensor, nn
@@ -14,11 +17,17 @@ import certify
 import models
 from certify.activations import smooth
 from certify.activations.piecewise import PiecewiseLinear
+from certify.bounding import prepare
+from certify.convex.lp import LinearProgram
+from certify.convex.semidefinite import SemidefiniteProgram
 from certify.enclosures import Interval
 from certify.graph import trace
+from certify.lipschitz.estimate import ask
+from certify.lipschitz.recursion import Recursion, chain_of, recheck
+from certify.lipschitz.steps import Gate
 from certify.propagate import backward
 from certify.propagate.methods import resolve_method
-from certify.rounding import FloatAnyOrder
+from certify.rounding import FloatAnyOrder, Real
 from certify.sets import LpBall
 from certify.testing import check_activation, check_op, check_set
 
@@ -295,3 +304,88 @@ def ties() -> None:
     claim = certify.class_margins(torch.tensor([0]), 2)
     found = certify.prove(model, LpBall(torch.rand(1, 2), 0.1), claim, arithmetic="real")
     assert found.verdicts == [certify.Verdict.UNKNOWN]
+
+
+def negative_slopes() -> None:
+    """|x| through two neurons of slopes -1 and 1 that add up."""
+    model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.LeakyReLU(-1.0), nn.Linear(2, 1, bias=False)).double().eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        model[2].weight.copy_(torch.tensor([[1.0, 1.0]]))
+    found = certify.lipschitz_constant(model, input_shape=(1,), method=Recursion(steps=5))
+    assert attained(model, (1,), None) <= found.value
+
+
+def torus_of_a_padded_convolution() -> None:
+    """[1, -1, 0] on three points: 1.801938; the torus of three points has 1.732."""
+    conv = nn.Conv1d(1, 300, 3, padding=1, bias=False).double().eval()
+    with torch.no_grad():
+        conv.weight.zero_()
+        conv.weight[0, 0] = torch.tensor([1.0, -1.0, 0.0])
+        exact = float(torch.linalg.matrix_norm(conv(torch.eye(3).double()[:, None]).flatten(1), 2))
+        model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(900, 1)).double().eval()
+        source = chain_of(ask(model, input_shape=(1, 3)), "crown").steps[0]
+        state = source.bound(torch.empty(1, 1, 0, 0).double(), torch.empty(1, 0).double())
+        assert float(torch.linalg.eigvalsh(state).max()) >= exact**2
+
+
+def overlapping_windows() -> None:
+    """One input in four windows of a max-pool, at the beginning of the network."""
+    model = nn.Sequential(nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(9, 9, bias=False)).double().eval()
+    with torch.no_grad():
+        model[2].weight.copy_(torch.eye(9))
+        x = torch.zeros(1, 1, 4, 4).double()
+        x[0, 0, 1, 1] = 1
+        met = float(torch.linalg.vector_norm(model(x) - model(0 * x)))
+    assert met <= certify.lipschitz_constant(model, input_shape=(1, 4, 4), method=Recursion(steps=5)).value
+
+
+def multipliers_without_a_proof() -> None:
+    """Half of the multipliers certify nothing, or more."""
+    torch.manual_seed(8)
+    model = models.mlp((3, 6, 2), "relu").double().eval()
+    found = certify.lipschitz_constant(model, input_shape=(3,))
+    halved = {name: tuple(tuple(v / 64 for v in row) for row in rows) for name, rows in found.multipliers.items()}
+    assert recheck(ask(model, input_shape=(3,)), halved)[0] > found.value
+
+
+def step_in_sixty_digits() -> None:
+    """A gate's bound is above the exact state, whatever float64 rounds."""
+    generator = torch.Generator().manual_seed(0)
+    with mpmath.workdps(60):
+        for _ in range(10):
+            root = torch.randn(5, 5, dtype=torch.float64, generator=generator)
+            P = torch.tril(root @ root.T)
+            P = P + torch.tril(P, -1).T
+            c, r = torch.full((1, 5), 0.3).double(), torch.full((1, 5), 0.7).double()
+            T = 0.9999 / torch.linalg.eigvalsh(P)[-1].expand(1, 5)
+            bound = mpmath.matrix(Gate("", c, r).bound(P[None, None], T)[0, 0].tolist())
+            exact = exact_gate(mpmath.matrix(P.tolist()), c[0].tolist(), r[0].tolist(), T[0].tolist())
+            assert min(mpmath.eigsy(bound - exact, eigvals_only=True)) >= -(mpmath.mpf(10) ** -45)
+
+
+def program_of_floats() -> None:
+    """A linear program's bound holds for a float network whose rounding is all there is."""
+    model = _cancelling(nn.LeakyReLU(0.5), nn.Linear(1, 1)).eval()
+    x = torch.rand(8, 32).repeat(1, 2) + 0.5
+    domain = LpBall(x, 0.0)
+    claim = certify.output_band(torch.full((8, 1), -1e9), torch.full((8, 1), 1e9))
+    with torch.no_grad():
+        found = LinearProgram().bound(prepare(model, domain), domain, claim, FloatAnyOrder(torch.float32))
+        execute, generator = AnyOrder(graph_of(model, domain)), torch.Generator().manual_seed(0)
+        for _ in range(10):
+            values = execute(x, generator)
+            assert bool((found <= claim.rows(list(values.values())[-1])).all())
+
+
+def program_with_noise() -> None:
+    """Multipliers of the wrong sign prove nothing that is false."""
+    torch.manual_seed(3)
+    model = models.mlp((2, 4, 2), "tanh").eval()
+    domain, claim = LpBall(torch.randn(3, 2), 0.5), certify.class_margins(torch.tensor([0, 1, 0]), 2)
+    with torch.no_grad():
+        met = torch.stack([claim.rows(model(x)) for x in domain.sample(500, torch.Generator().manual_seed(0))]).amin(0)
+        for method in (LinearProgram(), SemidefiniteProgram()):
+            found = method.bound(prepare(model, domain), domain, claim, Real())
+            assert bool((found <= met).all())
+            assert bool((found > -1e3).all())

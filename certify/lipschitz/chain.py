@@ -48,9 +48,9 @@ class Chain:
         return Chain(tuple(step.take(index) for step in self.steps), len(index))
 
     def start(self) -> Float64[Tensor, "problems size"]:
-        """Return log S of the closed form of ECLipsE-Fast: S = 2 lambda_max(P_vv) for every neuron of a layer.
+        """Return log S of the closed form S = (1 + |c| / r) lambda_max(P_vv), layer by layer.
 
-        Reference: Xu and Sivaranjani, arXiv 2404.04375, proposition 3 (slopes in [0, 1]); feasible for any slopes.
+        For slopes in [0, 1] it is ECLipsE-Fast: Xu and Sivaranjani, arXiv 2404.04375, proposition 3.
         """
         P, found = self._nothing(self.problems), []
         for step in self.steps:
@@ -100,7 +100,8 @@ class Chain:
         value = torch.full((self.problems,), torch.inf, dtype=torch.float64, device=self._device)
         multipliers: list[Tensor] = []
         for looked, x in enumerate(reversed(trail)):
-            if looked >= LOOKED and bool(torch.isfinite(value).all()):
+            enough = looked >= LOOKED or time.monotonic() > end
+            if enough and bool(torch.isfinite(value).all()):
                 break
             S = self.multipliers(x)
             found = self.certify(S)

@@ -63,9 +63,9 @@ class Recursion:
 @register_estimator("eclipse-fast")
 @dataclass(frozen=True, kw_only=True)
 class EclipseFast:
-    """The closed form S = 2 lambda_max(M) of ECLipsE-Fast, for any network and any slopes; side "upper".
+    """The closed form S = 2 lambda_max(M) of ECLipsE-Fast, and (1 + |c| / r) lambda_max(M) for slopes c - r to c + r.
 
-    Reference: Xu and Sivaranjani, NeurIPS 2024, arXiv 2404.04375.
+    Side "upper". Reference: Xu and Sivaranjani, NeurIPS 2024, arXiv 2404.04375.
     """
 
     intervals: str | BoundMethod = "crown"

@@ -15,6 +15,7 @@ References: Fazlyab et al., LipSDP, arXiv 1906.04893; Xu and Sivaranjani, ECLips
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +29,7 @@ from certify.rounding import gamma
 #: [problems, blocks, k, k]; k changes from step to step.
 State = Num[Tensor, "_ _ _ _"]
 
+INNER = 0.1  # a search begins at least this far, relatively, inside the feasible set
 #: Relative rounding of a few float64 operations.
 FEW = 2.0**-48
 
@@ -60,7 +62,7 @@ class Step(ABC):
         """Return a state that is above P' whatever exact state below P it was made from; infinite if T fails."""
 
     def centre(self, P: State) -> Float64[Tensor, "problems size"]:
-        """Return log S far inside the feasible set: S twice the largest eigenvalue of P_vv."""
+        """Return log S inside the feasible set, in closed form."""
         return P.new_zeros(len(P), self.size, dtype=torch.float64)
 
     def absolute(self, P: State, log_s: Float64[Tensor, "problems size"]) -> Float64[Tensor, "problems size"]:
@@ -264,7 +266,9 @@ class Gate(Step):
         return out
 
     def centre(self, P: State) -> Tensor:
-        return _twice_top(P[..., : self.size, : self.size], self.r > 0)[:, None].expand(-1, self.size)
+        """lambda_max (1 + |c| / r), the best multiple: it turns P <= lambda_max into P' <= (|c| + r)^2 lambda_max."""
+        ratio = (self.c.abs() / self.r.clamp(min=1e-300)).clamp(INNER, 1e6)
+        return _log_top(P[..., : self.size, : self.size], self.r > 0)[:, None] + torch.log1p(ratio)
 
     def absolute(self, P: State, log_s: Tensor) -> Tensor:
         return torch.where(self.r > 0, _absolute(P, log_s, self.r > 0)[0], torch.inf)
@@ -323,7 +327,7 @@ class Renew(Step):
         return self._diagonal(torch.where(passed[:, None], variance, torch.inf))
 
     def centre(self, P: State) -> Tensor:
-        return _twice_top(P, self._all(P))[:, None].expand(-1, self.size)
+        return _log_top(P, self._all(P))[:, None].expand(-1, self.size) + math.log1p(INNER)
 
     def absolute(self, P: State, log_s: Tensor) -> Tensor:
         return log_s.exp() * _absolute(P, log_s[:, self.group], self._all(P))[1][:, None]
@@ -370,11 +374,11 @@ def _absolute(P: State, log_s: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     return log_s.exp() * scale[:, None], scale
 
 
-def _twice_top(P: State, live: Tensor) -> Float64[Tensor, "problems"]:
-    """log of twice the largest eigenvalue of the live part, in units of its mean diagonal."""
+def _log_top(P: State, live: Tensor) -> Float64[Tensor, "problems"]:
+    """log of the largest eigenvalue of the live part, in units of its mean diagonal."""
     used = P * (live[:, None, :, None] & live[:, None, None, :])
     largest = torch.linalg.eigvalsh(used)[..., -1].amax(1).clamp(min=1e-300)
-    return (2 * largest / _absolute(P, live.double(), live)[1]).log()
+    return (largest / _absolute(P, live.double(), live)[1]).log()
 
 
 def _share(slope: Tensor, scale: Tensor, live: Tensor, blocks: int) -> Tensor:

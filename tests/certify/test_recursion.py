@@ -304,7 +304,7 @@ def test_gradients_are_those_of_finite_differences(p: float, monkeypatch: pytest
     kinds = {type(step).__name__ for step in chain.steps}
     assert kinds >= {"Source", "Gate", "Mix", "Fold", "Renew", "Readout"}
     every = torch.arange(chain.problems)
-    x = chain.start() + 0.1 * torch.randn(chain.problems, chain.size, dtype=torch.float64)
+    x = chain.start() + 0.7 + 0.1 * torch.randn(chain.problems, chain.size, dtype=torch.float64)
     _, gradient = chain.objective(x, every, 0.1)
     steps = 1e-6 * torch.eye(chain.size, dtype=torch.float64)
     numeric = torch.stack(
