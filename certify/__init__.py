@@ -10,6 +10,10 @@ from certify.activations.base import Activation
 from certify.activations.enclose import Curve
 from certify.activations.smooth import Smooth
 from certify.bounding import bounds, layer_bounds
+from certify.convex.lp import LP
+from certify.convex.margin import LipschitzMargin
+from certify.convex.semidefinite import SemidefiniteProgram
+from certify.convex.wong_kolter import WongKolter
 from certify.enclosures import Interval, LinearBounds, Relaxation
 from certify.errors import (
     CertifyError,
@@ -46,6 +50,7 @@ del _folder
 __all__ = [
     "CROWN",
     "IBP",
+    "LP",
     "Activation",
     "AlphaCROWN",
     "AttackResult",
@@ -60,16 +65,19 @@ __all__ = [
     "InvalidModel",
     "LinearBounds",
     "LipschitzEstimate",
+    "LipschitzMargin",
     "LpBall",
     "MissingDependency",
     "NodeBlame",
     "PerturbationSet",
     "Relaxation",
+    "SemidefiniteProgram",
     "Smooth",
     "SoundnessAlarm",
     "Spec",
     "UnsupportedOperation",
     "Verdict",
+    "WongKolter",
     "attacks",
     "bounds",
     "certified_radius",

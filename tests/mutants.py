@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import certify
 from certify.activations import enclose, fan, piecewise, smooth
 from certify.activations.piecewise import PiecewiseLinear
-from certify.convex import lp, semidefinite
+from certify.convex import margin, program, semidefinite
 from certify.enclosures import Interval, Relaxation
 from certify.frames import Frame
 from certify.graph import Call, _Builder
@@ -425,21 +425,18 @@ def rounding_of_states_forgotten(patch: Patch) -> None:
     patch.setattr(steps, "FEW", 0.0)
 
 
-@mutant(check.program_of_floats)
+@mutant(check.margin_of_floats)
 def drift_forgotten(patch: Patch) -> None:
-    before = lp.output_drift
-    patch.setattr(lp, "output_drift", lambda knowledge: 0 * before(knowledge))
+    before = margin.output_drift
+    patch.setattr(margin, "output_drift", lambda knowledge: 0 * before(knowledge))
 
 
 @mutant(check.program_with_noise)
-def signs_of_multipliers_unchecked(patch: Patch) -> None:
-    """Equations in place of inequalities: any sign would do."""
-    before = lp._Program._value
-
-    def value(self: Any, cost: Any, blur: Any, inequality: Any, equation: Any) -> float:
-        return before(self, cost, blur, inequality, equation) + float(abs(inequality).sum()) + 0.5
-
-    patch.setattr(lp._Program, "_value", value)
+def multipliers_without_their_price(patch: Patch) -> None:
+    before = program.Program._evaluated
+    patch.setattr(
+        program.Program, "_evaluated", lambda self, cost, lam, mu: before(self, cost, lam, mu) + abs(lam).sum() + 0.5
+    )
 
 
 @mutant(check.program_with_noise)

@@ -18,7 +18,8 @@ import models
 from certify.activations import smooth
 from certify.activations.piecewise import PiecewiseLinear
 from certify.bounding import prepare
-from certify.convex.lp import LinearProgram
+from certify.convex.lp import LP
+from certify.convex.margin import LipschitzMargin
 from certify.convex.semidefinite import SemidefiniteProgram
 from certify.enclosures import Interval
 from certify.graph import trace
@@ -29,6 +30,7 @@ from certify.propagate import backward
 from certify.propagate.methods import resolve_method
 from certify.rounding import FloatAnyOrder, Real
 from certify.sets import LpBall
+from certify.specs import Spec
 from certify.testing import check_activation, check_op, check_set
 
 
@@ -364,14 +366,14 @@ def step_in_sixty_digits() -> None:
             assert min(mpmath.eigsy(bound - exact, eigvals_only=True)) >= -(mpmath.mpf(10) ** -45)
 
 
-def program_of_floats() -> None:
-    """A linear program's bound holds for a float network whose rounding is all there is."""
+def margin_of_floats() -> None:
+    """A Lipschitz margin holds for a float network whose rounding is all there is."""
     model = _cancelling(nn.LeakyReLU(0.5), nn.Linear(1, 1)).eval()
     x = torch.rand(8, 32).repeat(1, 2) + 0.5
     domain = LpBall(x, 0.0)
-    claim = certify.output_band(torch.full((8, 1), -1e9), torch.full((8, 1), 1e9))
+    claim = Spec(torch.tensor([[[1.0], [-1.0]]]).expand(8, -1, -1), torch.zeros(8, 2))
     with torch.no_grad():
-        found = LinearProgram().bound(prepare(model, domain), domain, claim, FloatAnyOrder(torch.float32))
+        found = LipschitzMargin("product").bound(prepare(model, domain), domain, claim, FloatAnyOrder(torch.float32))
         execute, generator = AnyOrder(graph_of(model, domain)), torch.Generator().manual_seed(0)
         for _ in range(10):
             values = execute(x, generator)
@@ -385,7 +387,7 @@ def program_with_noise() -> None:
     domain, claim = LpBall(torch.randn(3, 2), 0.5), certify.class_margins(torch.tensor([0, 1, 0]), 2)
     with torch.no_grad():
         met = torch.stack([claim.rows(model(x)) for x in domain.sample(500, torch.Generator().manual_seed(0))]).amin(0)
-        for method in (LinearProgram(), SemidefiniteProgram()):
+        for method in (LP(), SemidefiniteProgram()):
             found = method.bound(prepare(model, domain), domain, claim, Real())
             assert bool((found <= met).all())
             assert bool((found > -1e3).all())

@@ -13,13 +13,14 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from certify.convex.real import in_float64, output_drift
-from certify.convex.wong_kolter import learned_by
+from certify.convex.intervals import learned
+from certify.convex.real import in_float64
 from certify.errors import UnsupportedOperation
 from certify.graph import Graph
 from certify.lipschitz.estimate import Estimator, Question
 from certify.lipschitz.recursion import Recursion
 from certify.lipschitz.tightest import Tightest
+from certify.propagate.drift import output_drift
 from certify.propagate.methods import BoundMethod, finite, spec_rows
 from certify.propagate.state import Knowledge, propagate_intervals
 from certify.registry import ESTIMATORS, lookup, register_method
@@ -54,7 +55,7 @@ class LipschitzMargin:
         exact = propagate_intervals(Knowledge(real, point, FloatAnyOrder(torch.float64)))
         rows = spec_rows(exact, claim, relax=False)
         fall = L * radius[:, None]
-        drift = output_drift(learned_by(self.intervals, graph, domain, arithmetic))
+        drift = output_drift(learned(self.intervals, graph, domain, arithmetic))
         fall = fall + torch.einsum("bro,bo->br", claim.C.abs(), drift)
         return finite(rows - fall - (rows.abs() + fall) * 2.0**-40)
 

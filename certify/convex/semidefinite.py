@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from certify.activations.piecewise import PiecewiseLinear
-from certify.convex.real import AffineForm, affine_form, in_float64, output_drift
-from certify.convex.wong_kolter import learned_by
+from certify.convex.expansion import Expansion, expand
+from certify.convex.intervals import learned
 from certify.enclosures import Interval
 from certify.errors import UnsupportedOperation
 from certify.graph import INPUT, Graph
 from certify.lipschitz.steps import top
 from certify.ops.base import Elementwise
+from certify.propagate.drift import output_drift
 from certify.propagate.methods import BoundMethod, finite
 from certify.propagate.state import Knowledge
 from certify.registry import register_method
@@ -57,15 +58,14 @@ class SemidefiniteProgram:
         count = sum(math.prod(node.shape) for node in nodes)
         if count > HIDDEN:
             raise UnsupportedOperation(f"{count} hidden neurons", f"at most {HIDDEN}", "crown, alpha-crown or lp")
-        knowledge = learned_by(self.intervals, graph, domain, arithmetic)
-        real = in_float64(graph)
-        forms = {node.name: affine_form(real, node.inputs[0]) for node in nodes}
-        output = affine_form(real, graph.output)
+        knowledge = learned(self.intervals, graph, domain, arithmetic)
+        maps = expand(graph)
+        forms = {node.name: maps[node.inputs[0]] for node in nodes}
         claim = spec.to(torch.float64, graph.device)
         found = []
         for sample in range(domain.batch):
             facts = _Facts(knowledge, forms, sample)
-            y, blur = facts.affine(output)
+            y, blur = facts.affine(maps[graph.output])
             found.append(
                 [_solved(facts, c, y, blur, float(d)) for c, d in zip(claim.C[sample], claim.d[sample], strict=True)]
             )
@@ -81,7 +81,7 @@ class _Facts:
     """
 
     knowledge: Knowledge
-    given: dict[str, AffineForm]
+    given: dict[str, Expansion]
     sample: int
     values: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     order: int = 1
@@ -124,19 +124,21 @@ class _Facts:
                 target[known] = torch.nn.functional.pad(source, (0, self.order - source.shape[1]))[known]
         self.values[name] = rows, blur
 
-    def affine(self, form: AffineForm) -> tuple[Tensor, Tensor]:
+    def affine(self, form: Expansion) -> tuple[Tensor, Tensor]:
         """An affine form in terms of z, and its blur."""
-        rows = torch.zeros(len(form.bias), self.order, dtype=torch.float64)
+        constant = form.constant.flatten()
+        rows = torch.zeros(len(constant), self.order, dtype=torch.float64)
         blur = torch.zeros_like(rows)
-        rows[:, 0], blur[:, 0] = form.bias, form.slack
-        for source, weight in form.weights.items():
+        rows[:, 0], blur[:, 0] = constant, form.error.flatten()
+        for source, part in form.parts.items():
+            weight, error = (entries.flatten(1).T for entries in part)
             p, e = (torch.nn.functional.pad(part, (0, self.order - part.shape[1])) for part in self.values[source])
             rows = rows + weight @ p
             noise = gamma(weight.shape[1] + 16, torch.float64)
-            blur = blur + (weight.abs() @ (p.abs() * noise + e) + form.errors[source] @ (p.abs() + e)) * (1 + 2.0**-40)
+            blur = blur + (weight.abs() @ (p.abs() * noise + e) + error @ (p.abs() + e)) * (1 + 2.0**-40)
         return rows, blur + rows.abs() * 2.0**-48
 
-    def _activation(self, name: str, rule: Elementwise, form: AffineForm, z: Interval) -> None:
+    def _activation(self, name: str, rule: Elementwise, form: Expansion, z: Interval) -> None:
         v, e = self.affine(form)
         facts, one = rule.facts, Interval(z.lower[None], z.upper[None])
         undecided = facts.undecided(one).flatten()

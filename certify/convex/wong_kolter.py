@@ -1,8 +1,4 @@
-"""``wong-kolter``: the dual network, which is CROWN with parallel lines.
-
-Reference: Wong and Kolter, "Provable defenses against adversarial examples via the convex outer adversarial polytope"
-(2018), arXiv 1711.00851, theorem 1 and algorithm 1.
-"""
+"""The dual network: both lines of a piecewise-linear neuron are parallel, so the dual needs no optimisation."""
 
 from __future__ import annotations
 
@@ -10,55 +6,64 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from certify.enclosures import Relaxation
-from certify.errors import InvalidInput
+from certify.activations.base import Activation, slope_between
+from certify.convex.intervals import learned
+from certify.enclosures import Interval, Relaxation
 from certify.graph import Graph, Node
 from certify.ops.base import Elementwise
 from certify.propagate.backward import bound_neurons
-from certify.propagate.methods import BoundMethod, Propagation, resolve_method, sweep
+from certify.propagate.methods import BoundMethod, Propagation, sweep
 from certify.propagate.state import Knowledge
 from certify.registry import register_method
 from certify.rounding import Arithmetic
 from certify.sets import PerturbationSet
 
 
-class ParallelLines(Knowledge):
-    """Knowledge whose piecewise linear activations have two lines of one slope: that of the upper one."""
+class Parallel(Knowledge):
+    """Knowledge whose piecewise-linear activations have two lines with the slope of the chord."""
 
     def relaxation(self, node: Node) -> Relaxation | None:
-        """Return the lines; smooth activations keep those of CROWN."""
-        found = super().relaxation(node)
-        if not isinstance(node.rule, Elementwise) or not node.rule.facts.piecewise:
-            return found
-        assert found is not None
-        slope: Tensor = found.upper_slope
-        return node.rule.facts.lines(self.inputs(node)[0], (slope, slope))
+        """Return the parallel lines of a piecewise-linear activation, the usual ones of everything else."""
+        rule = node.rule
+        if isinstance(rule, Elementwise) and rule.facts.piecewise:
+            return parallel_lines(rule.facts, self.intervals[node.inputs[0]])
+        return super().relaxation(node)
+
+
+def parallel_lines(facts: Activation, z: Interval) -> Relaxation:
+    """Return sound lines over z, both with the slope of the chord where a kink is inside: u / (u - l) for a ReLU.
+
+    Where the chord has no finite slope, and on intervals without a kink, they are the activation's own.
+    """
+    ends = z.double()
+    values = (facts.forward(end).double() for end in (z.lower, z.upper))  # any slope is sound
+    first, last = values
+    slope = slope_between(ends.lower, first, ends.upper, last).to(z.lower.dtype)
+    own, found = facts.relax(z), facts.lines(z, (slope, slope))
+    use = facts.undecided(z) & torch.isfinite(found.lower_offset) & torch.isfinite(found.upper_offset)
+    return Relaxation(
+        torch.where(use, found.lower_slope, own.lower_slope),
+        torch.where(use, found.lower_offset, own.lower_offset),
+        torch.where(use, found.upper_slope, own.upper_slope),
+        torch.where(use, found.upper_offset, own.upper_offset),
+    )
 
 
 @register_method("wong-kolter")
 @dataclass(frozen=True)
 class WongKolter(Propagation):
-    """The dual network's bound: for ReLU both lines rise by u / (u - l).
+    """Rows by the dual network, whose lines are parallel. Reference: Wong and Kolter 2018, arXiv 1711.00851.
 
-    ``intervals`` are by the same method, layer by layer ("wong-kolter"), or those of another one.
+    Smooth activations, which the paper does not treat, have CROWN's lines. The intervals come from the dual network
+    too, or from another method that ``intervals`` names.
     """
 
     name: ClassVar[str] = "wong-kolter"
-    intervals: str | BoundMethod = "wong-kolter"
+    intervals: str | BoundMethod | None = None
 
     def learn(self, graph: Graph, domain: PerturbationSet, arithmetic: Arithmetic) -> Knowledge:
-        """Return the intervals of every node, with parallel lines."""
-        if self.intervals == self.name:
-            return sweep(ParallelLines(graph, domain, arithmetic), bound_neurons)
-        return ParallelLines(graph, domain, arithmetic, learned_by(self.intervals, graph, domain, arithmetic).intervals)
-
-
-def learned_by(method: str | BoundMethod, graph: Graph, domain: PerturbationSet, arithmetic: Arithmetic) -> Knowledge:
-    """Return what a bound method knows of all nodes. Raises ``InvalidInput`` for methods without intervals."""
-    chosen = resolve_method(method)
-    if not isinstance(chosen, Propagation):
-        raise InvalidInput(f"method {chosen.name!r} has no intervals of layers", "ibp, crown-ibp or crown")
-    with torch.no_grad():
-        return chosen.learn(graph, domain, arithmetic)
+        """Return the intervals, by dual networks per layer unless another method gives them."""
+        if self.intervals is None:
+            return sweep(Parallel(graph, domain, arithmetic), bound_neurons)
+        return Parallel(graph, domain, arithmetic, learned(self.intervals, graph, domain, arithmetic).intervals)
