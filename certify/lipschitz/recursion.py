@@ -15,7 +15,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from certify.enclosures import Interval
-from certify.errors import InvalidInput
+from certify.errors import InvalidInput, UnsupportedOperation
 from certify.graph import Graph
 from certify.lipschitz.chain import Chain
 from certify.lipschitz.compile import compile_chain
@@ -121,6 +121,9 @@ def answer(
 def chain_of(question: Question, intervals: str | BoundMethod) -> Chain:
     """Return the chain from the input to the outputs, a problem per sample."""
     slopes = slope_ranges(question.graph, learned(question.graph, question.domain, intervals))
+    for name, slope in slopes.items():
+        if not bool(torch.isfinite(slope.magnitude).all()):
+            raise UnsupportedOperation(f"no finite slope range at {name!r}", "activations that are Lipschitz there")
     return compile_chain(question.graph, slopes, question.p, _between(question.graph, slopes))
 
 

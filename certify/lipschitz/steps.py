@@ -377,6 +377,7 @@ def _absolute(P: State, log_s: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
 def _log_top(P: State, live: Tensor) -> Float64[Tensor, "problems"]:
     """log of the largest eigenvalue of the live part, in units of its mean diagonal."""
     used = P * (live[:, None, :, None] & live[:, None, None, :])
+    used = torch.where(torch.isfinite(used.abs()), used, 0)  # what overflows is certified by nothing
     largest = torch.linalg.eigvalsh(used)[..., -1].amax(1).clamp(min=1e-300)
     return (largest / _absolute(P, live.double(), live)[1]).log()
 
