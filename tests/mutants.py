@@ -442,11 +442,11 @@ def multipliers_without_their_price(patch: Patch) -> None:
 @mutant(check.program_with_noise)
 def smallest_eigenvalue_on_trust(patch: Patch) -> None:
     """The solver's gamma, somewhat raised, without the repair."""
-    before = semidefinite._propose
+    before = semidefinite.propose
 
     def propose(*parts: Any) -> Any:
         ranges, multipliers, level = before(*parts)
         return ranges, multipliers, level + 5.0
 
-    patch.setattr(semidefinite, "_propose", propose)
+    patch.setattr(semidefinite, "propose", propose)
     patch.setattr(semidefinite, "top", lambda P: torch.zeros(1))

@@ -7,7 +7,7 @@ matrix over (1, z) of  row(z) - gamma - sum_i lambda_i g_i(z)  for lambda >= 0, 
 
     row >= gamma - eps (1 + sum_j z_j^2) >= gamma - eps (1 + count of z).
 
-The solver only proposes lambda and gamma; eps is bounded by a Cholesky factorisation with all rounding counted.
+The solver (interior.py) only proposes lambda and gamma; eps is bounded by a Cholesky factorisation, rounding counted.
 Reference: Raghunathan, Steinhardt, Liang (2018), arXiv 1811.01057, section 4.
 """
 
@@ -17,12 +17,12 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from certify.activations.piecewise import PiecewiseLinear
 from certify.convex.expansion import Expansion, expand
+from certify.convex.interior import propose
 from certify.convex.intervals import learned
 from certify.enclosures import Interval
 from certify.errors import UnsupportedOperation
@@ -37,14 +37,14 @@ from certify.rounding import Arithmetic, gamma
 from certify.sets import PerturbationSet
 from certify.specs import Spec
 
-HIDDEN = 150  # neurons at most,
-ORDER = 260  # and so many variables that are not fixed: the solver's time grows like their sixth power
+HIDDEN = 500  # neurons at most,
+ORDER = 500  # and so many variables that are not fixed: a row takes minutes there
 
 
 @register_method("sdp")
 @dataclass(frozen=True)
 class SemidefiniteProgram:
-    """The semidefinite bound by cvxpy and Clarabel, one program per sample and row; for at most 150 hidden neurons.
+    """The semidefinite bound one program per sample and row, for at most 500 hidden neurons.
 
     Sets other than boxes count as their bounding boxes. ``intervals`` make the ranges and the lines.
     """
@@ -203,51 +203,13 @@ def _solved(facts: _Facts, c: Tensor, y: Tensor, blur: Tensor, offset: float) ->
     size = torch.linalg.vector_norm(p, dim=1) * torch.linalg.vector_norm(q, dim=1)  # forms of unit size
     unit = torch.where(size > 0, size, 1).log2().round().exp2()
     p, e = p / unit[:, None], e / unit[:, None]
-    proposed = _propose(row, p, q, equal)
+    proposed = propose(row, p, q, equal)
     if proposed is None:
         return -math.inf
     ranges, multipliers, level = proposed
     return _certified(
         row, noise, (p, e, q, f), ranges.clamp(min=0), torch.where(equal, multipliers, multipliers.clamp(min=0)), level
     )
-
-
-def _propose(row: Tensor, p: Tensor, q: Tensor, equal: Tensor) -> tuple[Tensor, Tensor, float] | None:
-    """Multipliers of the ranges and the products, and gamma, as Clarabel has them."""
-    import cvxpy as cp
-
-    n = len(row)
-    scale = float(row.abs().sum()) or 1.0
-    ranges = cp.Variable(n - 1, nonneg=True)
-    level = cp.Variable()
-    linear = np.zeros((n, n))
-    linear[0, :] += row.numpy() / 2 / scale
-    linear[:, 0] += row.numpy() / 2 / scale
-    corner = np.zeros((n, n))
-    corner[0, 0] = 1
-    form = linear - level * corner - cp.diag(cp.hstack([cp.sum(ranges), -ranges]))
-    parts = []
-    for mask, sign in ((~equal, True), (equal, False)):
-        weights = cp.Variable(int(mask.sum()), nonneg=sign) if bool(mask.any()) else None
-        parts.append(weights)
-        if weights is not None:
-            half = p[mask].numpy().T @ cp.diag(weights) @ q[mask].numpy()
-            form = form - (half + half.T) / 2
-    problem = cp.Problem(cp.Maximize(level), [(form + form.T) / 2 >> 0])
-    try:
-        problem.solve(solver=cp.CLARABEL)
-    except cp.error.SolverError:
-        return None
-    if level.value is None:
-        return None
-    multipliers = torch.zeros(len(p), dtype=torch.float64)
-    for mask, weights in zip((~equal, equal), parts, strict=True):
-        if weights is not None:
-            multipliers[mask] = torch.from_numpy(np.array(weights.value, dtype=float)) * scale
-    found = torch.from_numpy(np.array(ranges.value, dtype=float)) * scale
-    value = float(level.value) * scale
-    finite = math.isfinite(value) and bool(torch.isfinite(found).all() & torch.isfinite(multipliers).all())
-    return (found, multipliers, value) if finite else None
 
 
 def _certified(

@@ -121,7 +121,7 @@ def test_semidefinite_multipliers_of_any_size_give_a_bound(monkeypatch: pytest.M
     domain = LpBall(x, 0.5)
     spec = class_margins(model(x).argmax(1), 2)
     best = _lower(model, domain, spec, SemidefiniteProgram())
-    propose, generator = semidefinite._propose, torch.Generator().manual_seed(0)
+    propose, generator = semidefinite.propose, torch.Generator().manual_seed(0)
     with torch.no_grad():
         met = torch.stack([spec.rows(model(point)) for point in domain.sample(2000, generator)]).amin(0)
     for scale in (1e-3, 0.3, 30.0):
@@ -131,11 +131,11 @@ def test_semidefinite_multipliers_of_any_size_give_a_bound(monkeypatch: pytest.M
             noise = [s * torch.randn(part.shape, generator=generator).double() for part in (ranges, multipliers)]
             return ranges + noise[0], multipliers + noise[1], level + s
 
-        monkeypatch.setattr(semidefinite, "_propose", noisy)
+        monkeypatch.setattr(semidefinite, "propose", noisy)
         worse = _lower(model, domain, spec, SemidefiniteProgram())
         assert bool((worse <= best + 1e-6).all())
         assert bool((worse <= met).all())
-    monkeypatch.setattr(semidefinite, "_propose", lambda *_: None)
+    monkeypatch.setattr(semidefinite, "propose", lambda *_: None)
     assert bool((_lower(model, domain, spec, SemidefiniteProgram()) == -torch.inf).all())
 
 
@@ -183,7 +183,7 @@ def test_what_is_too_large_or_unknown_is_refused() -> None:
     with pytest.raises(UnsupportedOperation, match="2500 hidden neurons"):
         _lower(wide, domain, spec, SemidefiniteProgram())
     with pytest.raises(UnsupportedOperation, match="inputs"):
-        _lower(mlp((400, 3, 2)).eval(), LpBall(torch.zeros(1, 400), 0.1), spec, SemidefiniteProgram())
+        _lower(mlp((600, 3, 2)).eval(), LpBall(torch.zeros(1, 600), 0.1), spec, SemidefiniteProgram())
     with pytest.raises(InvalidInput, match="which has none"):
         _lower(mlp((4, 3, 2)).eval(), domain, spec, LP(intervals="lp"))
     assert issubclass(UnsupportedOperation, CertifyError)
