@@ -44,7 +44,7 @@ ORDER = 500  # and so many variables that are not fixed: a row takes minutes the
 @register_method("sdp")
 @dataclass(frozen=True)
 class SemidefiniteProgram:
-    """The semidefinite bound one program per sample and row, for at most 500 hidden neurons.
+    """The semidefinite bound, one program per sample and row, for at most 500 hidden neurons.
 
     Sets other than boxes count as their bounding boxes. ``intervals`` make the ranges and the lines.
     """
@@ -54,7 +54,14 @@ class SemidefiniteProgram:
 
     def bound(self, graph: Graph, domain: PerturbationSet, spec: Spec, arithmetic: Arithmetic) -> Tensor:
         """Return lower bounds of the rows C y + d. Raises ``UnsupportedOperation`` for larger networks, max-pools."""
-        nodes = [node for node in graph.nodes.values() if isinstance(node.rule, Elementwise)]
+        nodes = [node for node in graph.nodes.values() if not node.rule.affine]
+        for node in nodes:
+            if not isinstance(node.rule, Elementwise):
+                raise UnsupportedOperation(
+                    f"{node.kind} at {node.name!r} in a semidefinite program",
+                    "affine nodes and activations",
+                    "crown or lp",
+                )
         count = sum(math.prod(node.shape) for node in nodes)
         if count > HIDDEN:
             raise UnsupportedOperation(f"{count} hidden neurons", f"at most {HIDDEN}", "crown, alpha-crown or lp")

@@ -184,6 +184,9 @@ def test_what_is_too_large_or_unknown_is_refused() -> None:
         _lower(wide, domain, spec, SemidefiniteProgram())
     with pytest.raises(UnsupportedOperation, match="inputs"):
         _lower(mlp((600, 3, 2)).eval(), LpBall(torch.zeros(1, 600), 0.1), spec, SemidefiniteProgram())
+    pool = nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(2, 2)).eval()
+    with pytest.raises(UnsupportedOperation, match="MaxPool2d at '1'"):
+        _lower(pool, LpBall(torch.zeros(1, 1, 4, 4), 0.1), spec, SemidefiniteProgram())
     with pytest.raises(InvalidInput, match="which has none"):
         _lower(mlp((4, 3, 2)).eval(), domain, spec, LP(intervals="lp"))
     assert issubclass(UnsupportedOperation, CertifyError)
