@@ -70,14 +70,17 @@ class Torus:
         shift: tuple[int, ...],
         dilation: tuple[int, ...],
     ) -> tuple[Num[Tensor, "f out in"], Float64[Tensor, "1 out in"]]:
-        """Return the blocks of y[i] = sum_t w[t] x[i + d t - shift], and the error of their entries."""
+        """Return the blocks of y[i] = sum_t w[t] x[i + d t - shift], and the error of their entries.
+
+        The weights may have been rounded once.
+        """
         phases = torch.ones(len(frequencies), 1, dtype=torch.complex128)
         for axis, (n, k, d, p) in enumerate(zip(self.size, weight.shape[2:], dilation, shift, strict=True)):
             position = torch.arange(k) * d - p
             phases = (phases[:, :, None] * _phases(frequencies[:, axis], position, n)[:, None]).flatten(1)
         taps = weight.flatten(2)
         blocks = torch.einsum("oit,ft->foi", taps.to(torch.complex128), phases.to(weight.device))
-        error = taps.abs().sum(2) * gamma(4 * taps.shape[2] + 2 * PHASE * len(self.size), torch.float64)
+        error = taps.abs().sum(2) * gamma(4 * taps.shape[2] + 2 * PHASE * len(self.size) + 4, torch.float64)
         return blocks, error[None]
 
     def rows(

@@ -119,7 +119,7 @@ class Source(Step):
             d = torch.ones(1, self.G.shape[2], dtype=torch.float64, device=self.G.device)
         else:
             q = T / T.sum(1, keepdim=True) * (1 - FEW * T.shape[1])  # sums to at most 1 with all rounding
-            d = self.places / q * (1 + FEW)
+            d = torch.where((T > 0).all(1, keepdim=True), self.places / q * (1 + FEW), torch.inf)
         product = (self.G * d[:, None, None]) @ self.G.mH
         size = _Sizes(self.G, self.error)
         found = _settled(product, lambda w: size.around(lambda v: d[:, None] * v, w, 2 * self.G.shape[2]))
@@ -260,7 +260,7 @@ class Gate(Step):
         magnitude = scaled.abs() * FEW
         out = _settled(scaled, lambda w: _times(magnitude, w))
         r = self.r * (1 + FEW) + self.c.abs() * 2.0**-52  # c + [-r, r] holds the slopes whatever c was rounded to
-        fresh = torch.where(live, r.square() / T * (1 + FEW), 0)
+        fresh = torch.where(live, torch.where(T > 0, r.square() / T * (1 + FEW), torch.inf), 0)
         out.diagonal(dim1=-2, dim2=-1)[..., :n] += fresh[:, None]
         out.diagonal(dim1=-2, dim2=-1).mul_(1 + FEW)
         return out
@@ -324,7 +324,7 @@ class Renew(Step):
     def bound(self, P: State, T: Tensor) -> State:
         passed = torch.isfinite(_grow_bound(P, T[:, self.group]).diagonal(dim1=-2, dim2=-1).real).flatten(1).all(1)
         variance = self.gain.square()[:, None] / T * (1 + 4 * FEW)
-        return self._diagonal(torch.where(passed[:, None], variance, torch.inf))
+        return self._diagonal(torch.where(passed[:, None] & (T > 0), variance, torch.inf))
 
     def centre(self, P: State) -> Tensor:
         return _log_top(P, self._all(P))[:, None].expand(-1, self.size) + math.log1p(INNER)
@@ -476,7 +476,7 @@ def _grow_bound(P: State, T: Float64[Tensor, "problems n"]) -> State:
     R = scaled - K @ Z
     noise = (scaled.abs() + magnitude @ absolute) * gamma(4 * n + 32, torch.float64)
     rest = R.abs() + noise
-    product = P + scaled.mH @ Z + R.mH @ Z
+    product = P + Z.mH @ scaled + R.mH @ Z
     terms = gamma(8 * n + 32, torch.float64)
 
     def errors(w: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from certify.graph import trace
 from certify.lipschitz import compile as compiling
 from certify.lipschitz import lipschitz_constant
 from certify.lipschitz.chain import Chain
-from certify.lipschitz.estimate import Question
+from certify.lipschitz.estimate import Question, ask
 from certify.lipschitz.fourier import Torus
 from certify.lipschitz.recursion import Recursion, chain_of, recheck
 from certify.lipschitz.steps import Gate, Mix, Renew, Source, top
@@ -256,10 +256,24 @@ def test_multipliers_that_are_too_small_prove_nothing() -> None:
         for factor in (0.5, 1e-3):
             rows = tuple(tuple(value * factor for value in row) for row in found.multipliers[name])
             assert recheck(question, {**found.multipliers, name: rows})[0] > found.value
-        negative = tuple(tuple(-value for value in row) for row in found.multipliers[name])
-        assert recheck(question, {**found.multipliers, name: negative})[0] == INF
-        nothing = tuple(tuple(math.nan for _ in row) for row in found.multipliers[name])
-        assert recheck(question, {**found.multipliers, name: nothing})[0] == INF
+        (row,) = found.multipliers[name]
+        for bad in (-1.0, 0.0, math.nan, -math.inf):
+            for changed in ((bad * row[0], *row[1:]), tuple(bad * value for value in row)):
+                assert recheck(question, {**found.multipliers, name: (changed,)})[0] == INF
+
+
+@pytest.mark.parametrize("bad", [-1.0, 0.0, math.nan, -math.inf])
+def test_bad_multipliers_of_inputs_and_pools_prove_nothing(bad: float) -> None:
+    torch.manual_seed(12)
+    layers = [nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 2)]
+    model = nn.Sequential(*layers).double().eval()
+    found = lipschitz_constant(model, p=INF, input_shape=(1, 4, 4), method=QUICK)
+    question = ask(model, p=INF, input_shape=(1, 4, 4))
+    assert set(found.multipliers) == {"input", "1", "2"}
+    assert max(recheck(question, found.multipliers)) <= found.value
+    for name, rows in found.multipliers.items():
+        changed = tuple((bad * row[0], *row[1:]) for row in rows)
+        assert min(recheck(question, {**found.multipliers, name: changed})) == INF
 
 
 def test_a_certificate_travels_and_is_checked() -> None:
