@@ -6,7 +6,8 @@ The maps are those of the real network, whose weights are the float network's ow
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,12 +16,15 @@ from certify.enclosures import Interval
 from certify.errors import UnsupportedOperation
 from certify.graph import INPUT, Graph, Node
 from certify.ops.arithmetic import Scale, Sum
-from certify.ops.base import Affine
+from certify.ops.base import Affine, Rule
 from certify.ops.conv import Conv, ConvTranspose
 from certify.ops.linear import Linear
 from certify.ops.pool import Average
 from certify.ops.shape import Concat, Select
 from certify.rounding import gamma, tiny
+
+CPU = torch.device("cpu")
+RuleT = TypeVar("RuleT", bound=Rule)
 
 #: Rules whose numbers are all tensors, or exact in every dtype, so that a float64 copy is the same map.
 KNOWN = (Linear, Conv, ConvTranspose, Scale, Sum, Average, Select, Concat)
@@ -57,7 +61,7 @@ def _itself(name: str, shape: tuple[int, ...]) -> Expansion:
 
 
 def _through(graph: Graph, node: Node, inputs: list[Expansion]) -> Expansion:
-    rule = double_rule(node, graph.dtype)
+    rule = doubled(_known(node), graph.dtype)
     g, flushed = gamma(rule.fan_in + 8, torch.float64), (rule.fan_in + 1) * tiny(torch.float64)
     parts = {}
     for source in dict.fromkeys(source for part in inputs for source in part.parts):
@@ -73,19 +77,30 @@ def _through(graph: Graph, node: Node, inputs: list[Expansion]) -> Expansion:
     return Expansion(parts, rule.forward(*constants), error if own is None else (error + own) * (1 + 2 * g))
 
 
-def double_rule(node: Node, dtype: torch.dtype) -> Affine:
-    """Return a copy of an affine rule with the same numbers in float64 on the CPU."""
-    rule = node.rule
-    if type(rule) not in KNOWN:
-        raise UnsupportedOperation(
-            f"{node.kind} at {node.name!r} in a linear program", "affine operations of the package", 'method="crown"'
-        )
-    assert isinstance(rule, Affine)
+def in_float64(graph: Graph) -> Graph:
+    """Return the graph with the same numbers in float64: in real arithmetic the two are one network."""
+    nodes = type(graph.nodes)(
+        (name, replace(node, rule=doubled(node.rule, graph.dtype, graph.device))) for name, node in graph.nodes.items()
+    )
+    return replace(graph, model=copy.deepcopy(graph.model).double(), nodes=nodes, dtype=torch.float64)
+
+
+def doubled(rule: RuleT, dtype: torch.dtype, device: torch.device = CPU) -> RuleT:
+    """Return a copy of a rule of a network in ``dtype`` with the same numbers in float64, on ``device``."""
     twin = copy.copy(rule)
     for name, value in vars(rule).items():
         if isinstance(value, Tensor):
-            value = value.detach().cpu()
+            value = value.detach().to(device)
             setattr(twin, name, value.double() if value.is_floating_point() else value)
     if isinstance(twin, Select):
         twin.fill = float(torch.tensor(twin.fill, dtype=torch.float64).to(dtype))  # as the network pads
     return twin
+
+
+def _known(node: Node) -> Affine:
+    if type(node.rule) not in KNOWN:
+        raise UnsupportedOperation(
+            f"{node.kind} at {node.name!r} in a linear program", "affine operations of the package", 'method="crown"'
+        )
+    assert isinstance(node.rule, Affine)
+    return node.rule

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from certify.convex.expansion import in_float64
 from certify.convex.intervals import learned
-from certify.convex.real import in_float64
 from certify.errors import UnsupportedOperation
 from certify.graph import Graph
 from certify.lipschitz.estimate import Estimator, Question

@@ -207,6 +207,8 @@ def _solved(facts: _Facts, c: Tensor, y: Tensor, blur: Tensor, offset: float) ->
     else:
         p = e = q = f = torch.zeros(0, n, dtype=torch.float64)
         equal = torch.zeros(0, dtype=torch.bool)
+    if not all(bool(torch.isfinite(part).all()) for part in (row, noise, p, e, q, f)):
+        return -math.inf
     size = torch.linalg.vector_norm(p, dim=1) * torch.linalg.vector_norm(q, dim=1)  # forms of unit size
     unit = torch.where(size > 0, size, 1).log2().round().exp2()
     p, e = p / unit[:, None], e / unit[:, None]

@@ -13,9 +13,9 @@ from certify import CROWN, Box, LpBall, Spec, Verdict, class_margins, prove
 from certify.attacks import PGD
 from certify.bounding import prepare
 from certify.convex import semidefinite
+from certify.convex.expansion import in_float64
 from certify.convex.lp import LP
 from certify.convex.margin import LipschitzMargin
-from certify.convex.real import in_float64
 from certify.convex.semidefinite import SemidefiniteProgram
 from certify.convex.wong_kolter import WongKolter
 from certify.errors import CertifyError, InvalidInput, UnsupportedOperation
@@ -191,3 +191,25 @@ def test_what_is_too_large_or_unknown_is_refused() -> None:
         _lower(mlp((4, 3, 2)).eval(), domain, spec, LP(intervals="lp"))
     assert issubclass(UnsupportedOperation, CertifyError)
     assert set(METHODS) <= set(METHODS_KNOWN)
+
+
+def test_what_explodes_proves_nothing() -> None:
+    model = mlp((2, 3, 3, 2), "relu").eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.fill_(1e12)
+    domain = LpBall(torch.ones(1, 2), 1e20)
+    claim = class_margins(torch.tensor([0]), 2)
+    for method in (LP(), WongKolter(), SemidefiniteProgram(), LipschitzMargin()):
+        assert not bool((_lower(model, domain, claim, method) > 0).any())
+
+
+def test_a_fill_is_the_number_that_the_network_pads_with() -> None:
+    class Padded(nn.Module):
+        def forward(self, x):
+            return nn.functional.pad(x, (1, 1), value=0.1) * 2
+
+    x = torch.zeros(1, 3)
+    graph = prepare(Padded().eval(), LpBall(x, 0.1))
+    twin = in_float64(graph)
+    assert float(twin.forward(x.double())[twin.output][0, 0]) == 2 * float(torch.tensor(0.1))

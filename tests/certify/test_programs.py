@@ -14,7 +14,7 @@ from zero_slack import check_bounds
 
 import certify
 from certify.convex import program as programs
-from certify.convex.expansion import double_rule, expand
+from certify.convex.expansion import doubled, expand
 from certify.convex.lp import Relaxed, program_rows
 from certify.ops.arithmetic import Scale
 from certify.propagate.drift import output_drift
@@ -160,7 +160,7 @@ def _check_drift(model, domain):
     for x, y in _executions(model, domain):
         values = {"input": x.double()}
         for node in graph.nodes.values():
-            rule = double_rule(node, graph.dtype) if node.rule.affine else node.rule
+            rule = doubled(node.rule, graph.dtype) if node.rule.affine else node.rule
             values[node.name] = rule.forward(*(values[name] for name in node.inputs))
         real = values[graph.output].flatten(1)
         assert bool(((y.double() - real).abs() <= drift + 1e-13 * real.abs()).all())
@@ -299,7 +299,7 @@ def test_expansions_hold_the_exact_products():
     found = expand(graph)[graph.output]
     matrix, constant = _exactly(np.eye(6), np.zeros((1, 6)))
     for node in graph.nodes.values():
-        rule = double_rule(node, graph.dtype)
+        rule = doubled(node.rule, graph.dtype)
         if isinstance(rule, Scale):
             W, center, shift = _exactly(*(part.numpy().ravel() for part in (rule.scale, rule.center, rule.shift)))
             matrix, constant = matrix * W, (constant - center) * W + shift
