@@ -32,12 +32,22 @@ class _Sum(nn.Module):
         return self.end(self.branch(x) + self.shortcut(x))
 
 
+def dense(*weights: Tensor, act: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Return a float64 network of these matrices [out, in] without biases, in eval mode."""
+    layers: list[nn.Module] = []
+    for weight in weights:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False).double()
+        layer.weight.data = weight.double()
+        layers += [layer, act()]
+    return nn.Sequential(*layers[:-1]).eval()
+
+
 def random_net(seed: int) -> tuple[nn.Module, tuple[int, ...]]:
     """Return a network in eval mode, of dense or convolutional, residual and pooling blocks, and its input shape."""
     rng = random.Random(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        found = _dense(rng) if rng.random() < 0.3 else _spatial(rng)
+        found = _layered(rng) if rng.random() < 0.3 else _spatial(rng)
         for module in found[0].modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, -2, 2)
@@ -49,7 +59,7 @@ def _act(rng: random.Random, channels: int) -> nn.Module:
     return rng.choice(_ACTS)(channels)
 
 
-def _dense(rng: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
+def _layered(rng: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
     width = first = rng.randint(1, 5)
     layers: list[nn.Module] = []
     for _ in range(rng.randint(1, 4)):

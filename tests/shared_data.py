@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
+
+from models import KAF
 
 _ROOT = Path(__file__).resolve().parents[1]
 _DATA = _ROOT.parent / "shared" / "data"
@@ -26,6 +29,19 @@ RELU_NETS = ("mnist_6x100_nat", "mnist_cnn_a_adv", "mnist_fc_256x2", "cifar_cnn_
 def load_case(name: str) -> tuple[nn.Module, Tensor, Tensor, dict[str, Any]]:
     """Return the network (eval mode), images in [0, 1], labels and description of ``nets/<name>.json``."""
     return _loader().load_case(_folder() / "nets" / f"{name}.json")
+
+
+def with_our_kafs(model: nn.Module) -> nn.Module:
+    """Return the network, changed in place: its kernel activations are modules of ours."""
+    for i, layer in enumerate(model.layers):
+        if type(layer).__name__ == "KAF":
+            ours = KAF(len(layer.coef), size=layer.coef.shape[1]).eval()
+            with torch.no_grad():
+                ours.alpha.copy_(layer.coef)
+                ours.dictionary.copy_(layer.grid)
+                ours.gamma.fill_(layer.gamma)
+            model.layers[i] = ours
+    return model
 
 
 @cache

@@ -20,8 +20,8 @@ import mpmath
 import numpy as np
 import torch
 from exact_recursion import exact_square
-from random_nets import attained, random_net
-from shared_data import SHARED, load_case
+from random_nets import attained, dense, random_net
+from shared_data import SHARED, load_case, with_our_kafs
 from torch import nn
 
 from certify import LipschitzEstimate, LpBall, class_margins, lipschitz_constant
@@ -40,23 +40,14 @@ def timed(model: nn.Module, method, **options) -> tuple[LipschitzEstimate, float
     return found, time.process_time() - start
 
 
-def dense(weights: list[torch.Tensor], act: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
-    layers: list[nn.Module] = []
-    for weight in weights:
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False).double()
-        layer.weight.data = weight.double()
-        layers += [layer, act()]
-    return nn.Sequential(*layers[:-1]).eval()
-
-
 def known() -> None:
     """Published networks against their optimum, and cvxpy + Clarabel in the same run."""
     assert SHARED is not None
     cases = json.loads((SHARED / "lipschitz" / "expected.json").read_text())["cases"]
-    timed(dense([torch.ones(2, 2), torch.ones(1, 2)]), "lipsdp-neuron", input_shape=(2,))  # imports the solver
+    timed(dense(torch.ones(2, 2), torch.ones(1, 2)), "lipsdp-neuron", input_shape=(2,))  # imports the solver
     for name, case in cases.items():
         arrays = np.load(SHARED / "lipschitz" / case["file"])
-        model = dense([torch.from_numpy(arrays[key]) for key in sorted(arrays.files)])
+        model = dense(*(torch.from_numpy(arrays[key]) for key in sorted(arrays.files)))
         shape = (model[0].in_features,)
         best, seconds = timed(model, "recursion", input_shape=shape)
         fast, _ = timed(model, "eclipse-fast", input_shape=shape)
@@ -75,7 +66,7 @@ def deep() -> None:
         generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(width, width, generator=generator).double() / math.sqrt(width) for _ in range(layers)]
         weights.append(torch.randn(1, width, generator=generator).double() / math.sqrt(width))
-        model = dense(weights)
+        model = dense(*weights)
         best, seconds = timed(model, "recursion", input_shape=(width,))
         fast, _ = timed(model, "eclipse-fast", input_shape=(width,))
         ratio = best.value / fast.value
@@ -92,16 +83,8 @@ def deep() -> None:
 
 
 def kaf_net() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    source, images, labels, _ = load_case("mnist_kaf_2x32")
-    modules: list[nn.Module] = []
-    for layer in source.layers:
-        if isinstance(layer, nn.Linear | nn.Flatten):
-            modules.append(layer)
-        else:
-            twin = KAF(len(layer.coef), size=layer.coef.shape[1], gamma=layer.gamma)
-            twin.alpha.data, twin.dictionary = layer.coef.data, layer.grid
-            modules.append(twin)
-    return nn.Sequential(*modules).eval(), images, labels
+    model, images, labels, _ = load_case("mnist_kaf_2x32")
+    return with_our_kafs(model).eval(), images, labels
 
 
 def kaf() -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from shared_data import SHARED, load_case, needs_shared
+from random_nets import dense
+from shared_data import SHARED, load_case, needs_shared, with_our_kafs
 from torch import nn
 
 import certify
@@ -343,14 +344,8 @@ def test_published_networks_have_their_known_products() -> None:
     known = json.loads((SHARED / "lipschitz" / "expected.json").read_text())["cases"]
     for case in known.values():
         arrays = np.load(SHARED / "lipschitz" / case["file"])
-        layers: list[nn.Module] = []
-        for key in sorted(arrays.files):
-            weight = torch.from_numpy(arrays[key])
-            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False).double()
-            layer.weight.data = weight
-            layers += [layer, nn.ReLU()]
-        model = nn.Sequential(*layers[:-1]).eval()
-        upper = product_bound(model, input_shape=(layers[0].in_features,)).value  # type: ignore[union-attr]
+        model = dense(*(torch.from_numpy(arrays[key]) for key in sorted(arrays.files)))
+        upper = product_bound(model, input_shape=(model[0].in_features,)).value
         _close(upper, case["product_of_norms"] * (1 - 1e-12))
         assert upper >= case.get("exact", 0)
 
@@ -359,19 +354,11 @@ def test_published_networks_have_their_known_products() -> None:
 @pytest.mark.shared
 def test_a_kaf_network_gets_its_slopes_inside_the_norm() -> None:
     """Naive product times the largest slope: 135.0; slopes inside: 66.93; the largest Jacobian met: 26.46."""
-    kaf = pytest.importorskip("models.kaf")
     source, images, _, description = load_case("mnist_kaf_2x32")
-    modules: list[nn.Module] = []
-    for layer in source.layers:
-        if isinstance(layer, nn.Linear | nn.Flatten):
-            modules.append(layer)
-        else:
-            twin = kaf.KAF(len(layer.coef), size=layer.coef.shape[1], gamma=layer.gamma)
-            twin.alpha.data, twin.dictionary = layer.coef.data, layer.grid
-            modules.append(twin)
-    model = nn.Sequential(*modules).eval()
+    expected = source(images[:5])
+    model = with_our_kafs(source)
     shape = tuple(images.shape[1:])
-    torch.testing.assert_close(model(images[:5]), source(images[:5]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(images[:5]), expected, rtol=1e-4, atol=1e-4)
     upper = product_bound(model, input_shape=shape)
     assert upper.value == pytest.approx(66.93, abs=0.02)
     domain = LpBall(images[:2], description["eps_raw"], clip=(0.0, 1.0))

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exact_recursion import exact_gate
-from random_nets import attained, random_net
+from random_nets import attained, dense, random_net
 from shared_data import SHARED, needs_shared
 from torch import nn
 
@@ -35,15 +35,6 @@ INF = math.inf
 QUICK = Recursion(steps=6, time_limit=5)
 
 
-def _dense(*weights: torch.Tensor, act: type[nn.Module] = nn.ReLU) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for weight in weights:
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False).double()
-        layer.weight.data = weight.double()
-        layers += [layer, act()]
-    return nn.Sequential(*layers[:-1]).eval()
-
-
 def _chain(model: nn.Module, shape: tuple[int, ...], p: float = 2.0) -> Chain:
     graph = trace(model.double(), torch.zeros(1, *shape, dtype=torch.float64))
     with torch.no_grad():
@@ -60,7 +51,7 @@ def test_published_networks_are_solved_to_their_optimum(name: str) -> None:
     assert SHARED is not None
     case = json.loads((SHARED / "lipschitz" / "expected.json").read_text())["cases"][name]
     arrays = np.load(SHARED / "lipschitz" / case["file"])
-    model = _dense(*(torch.from_numpy(arrays[key]) for key in sorted(arrays.files)))
+    model = dense(*(torch.from_numpy(arrays[key]) for key in sorted(arrays.files)))
     found = lipschitz_constant(model, input_shape=(model[0].in_features,))
     known = case.get("exact", case.get("LipSDP_neuron_Clarabel", case.get("best_known_upper")))
     assert case.get("exact", case["all_active_path_norm"]) <= found.value <= known + 1e-4
@@ -85,7 +76,7 @@ def test_the_optimum_is_that_of_a_semidefinite_solver(act: str) -> None:
 def test_deep_networks_stay_finite_and_tight() -> None:
     torch.manual_seed(0)
     weights = [torch.randn(8, 8) / math.sqrt(8) for _ in range(30)]
-    model = _dense(*weights)
+    model = dense(*weights)
     best = lipschitz_constant(model, input_shape=(8,), method=Recursion(steps=8))
     fast = lipschitz_constant(model, input_shape=(8,), method="eclipse-fast")
     assert 0 < best.value <= fast.value / 10
@@ -95,7 +86,7 @@ def test_nonnegative_weights_have_the_constant_of_their_product() -> None:
     torch.manual_seed(1)
     weights = [torch.rand(*shape).double() for shape in ((6, 4), (5, 6), (2, 5))]
     exact = float(torch.linalg.matrix_norm(weights[2] @ weights[1] @ weights[0], 2))
-    found = lipschitz_constant(_dense(*weights), input_shape=(4,)).value
+    found = lipschitz_constant(dense(*weights), input_shape=(4,)).value
     assert exact <= found <= exact * (1 + 1e-5)
 
 
@@ -105,8 +96,8 @@ def test_a_linf_row_is_no_less_than_every_activation_pattern_and_near_it() -> No
     first, second = torch.randn(8, 6).double(), torch.randn(1, 8).double()
     patterns = torch.tensor(list(itertools.product((0.0, 1.0), repeat=8)), dtype=torch.float64)
     formal = float(((patterns * second) @ first).abs().sum(1).max())
-    found = lipschitz_constant(_dense(first, second), p=INF, input_shape=(6,)).value
-    product = lipschitz_constant(_dense(first, second), p=INF, input_shape=(6,), method="product").value
+    found = lipschitz_constant(dense(first, second), p=INF, input_shape=(6,)).value
+    product = lipschitz_constant(dense(first, second), p=INF, input_shape=(6,), method="product").value
     assert formal <= found <= 1.15 * formal < product
 
 
@@ -116,7 +107,7 @@ def test_a_convolutional_network_is_its_dense_twin() -> None:
     conv, head = nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False).double(), nn.Linear(27, 3, bias=False).double()
     model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), head).eval()
     eye = torch.eye(50, dtype=torch.float64).view(50, 2, 5, 5)
-    twin = _dense(conv(eye).detach().flatten(1).T, head.weight.detach())
+    twin = dense(conv(eye).detach().flatten(1).T, head.weight.detach())
     whole = lipschitz_constant(model, input_shape=(2, 5, 5)).value
     assert whole == pytest.approx(lipschitz_constant(twin, input_shape=(50,)).value, rel=1e-5)
 
@@ -208,7 +199,7 @@ def test_negative_slopes_count(slope: float) -> None:
 
 def test_the_difference_of_two_relus_is_one() -> None:
     """relu(x) - relu(x - 1): coupled multipliers (LipSDP-Network) give 4.7e-6."""
-    model = _dense(torch.ones(2, 1), torch.tensor([[1.0, -1.0]]))
+    model = dense(torch.ones(2, 1), torch.tensor([[1.0, -1.0]]))
     model[0].bias = nn.Parameter(torch.tensor([0.0, -1.0]).double())
     for method in ("recursion", "eclipse-fast", "lipsdp-neuron", "lipsdp-layer"):
         assert lipschitz_constant(model, input_shape=(1,), method=method).value >= 1 - 1e-15

@@ -5,12 +5,11 @@ import math
 
 import pytest
 import torch
-from shared_data import RELU_NETS, load_case, needs_shared, reference
+from shared_data import RELU_NETS, load_case, needs_shared, reference, with_our_kafs
 
 import certify
 from certify.graph import trace
 from certify.oracle.auto_lirpa import intermediate_bounds, margins
-from models import KAF
 
 pytestmark = [needs_shared, pytest.mark.shared]
 
@@ -77,26 +76,13 @@ def test_equal_to_the_oracle_when_fed_its_intermediate_bounds(name):
     assert bool(((ours - theirs).abs() <= 1e-4 * (1 + theirs.abs())).all())
 
 
-def _with_our_kafs(model):
-    """The same network with its kernel activations as modules of ours."""
-    for i, layer in enumerate(model.layers):
-        if type(layer).__name__ == "KAF":
-            ours = KAF(len(layer.coef), size=layer.coef.shape[1]).eval()
-            with torch.no_grad():
-                ours.alpha.copy_(layer.coef)
-                ours.dictionary.copy_(layer.grid)
-                ours.gamma.fill_(layer.gamma)
-            model.layers[i] = ours
-    return model
-
-
 @pytest.mark.parametrize(("radius", "proved"), [(0.005, 20), (0.01, 18), (0.015, 13), (0.02, 8)])
 @pytest.mark.parametrize("arithmetic", ["real", "float"])
 def test_kaf_networks_are_bounded_tightly(radius, proved, arithmetic):
     model, images, labels, _ = load_case("mnist_kaf_2x32")
     clean = model(images[:40]).argmax(1) == labels[:40]
     index = clean.nonzero()[:20, 0]
-    ours = _with_our_kafs(model)
+    ours = with_our_kafs(model)
     domain = certify.LpBall(images[index], radius, clip=(0.0, 1.0))
     found = certify.prove(ours, domain, certify.class_margins(labels[index], 10), "crown", arithmetic=arithmetic)
     assert int(found.holds.sum()) >= proved
@@ -108,5 +94,5 @@ def test_kaf_networks_gain_from_optimised_slopes(radius, proved):
     index = (model(images[:40]).argmax(1) == labels[:40]).nonzero()[:20, 0]
     domain = certify.LpBall(images[index], radius, clip=(0.0, 1.0))
     method = certify.AlphaCROWN(steps=40, inner_steps=20)
-    found = certify.prove(_with_our_kafs(model), domain, certify.class_margins(labels[index], 10), method)
+    found = certify.prove(with_our_kafs(model), domain, certify.class_margins(labels[index], 10), method)
     assert int(found.holds.sum()) >= proved
