@@ -22,7 +22,7 @@ from certify.enclosures import Interval, Relaxation
 from certify.frames import Frame
 from certify.graph import Call, _Builder
 from certify.lipschitz import compile as compiling
-from certify.lipschitz import steps
+from certify.lipschitz import hermitian, steps
 from certify.ops.arithmetic import Scale, Sum
 from certify.ops.base import Affine, Elementwise, inner
 from certify.ops.conv import Conv, ConvTranspose
@@ -415,14 +415,15 @@ def overlap_forgotten(patch: Patch) -> None:
 @mutant(check.multipliers_without_a_proof)
 def growth_forgotten(patch: Patch) -> None:
     """Without the inverse of S - M small multipliers cost nothing."""
-    patch.setattr(steps, "_grow_bound", lambda P, T: P.clone())
+    patch.setattr(steps, "grow_bound", lambda P, T: P.clone())
 
 
 @mutant(check.step_in_sixty_digits)
 def rounding_of_states_forgotten(patch: Patch) -> None:
-    before = steps._settled
-    patch.setattr(steps, "_settled", lambda Q, errors: before(Q, lambda w: 0 * w))
-    patch.setattr(steps, "FEW", 0.0)
+    before = steps.settled
+    for module in (steps, hermitian):
+        patch.setattr(module, "settled", lambda Q, errors: before(Q, lambda w: 0 * w))
+        patch.setattr(module, "FEW", 0.0)
 
 
 @mutant(check.margin_of_floats)

@@ -27,7 +27,7 @@ from certify.convex.intervals import learned
 from certify.enclosures import Interval
 from certify.errors import UnsupportedOperation
 from certify.graph import INPUT, Graph
-from certify.lipschitz.steps import top
+from certify.lipschitz.hermitian import top
 from certify.ops.base import Elementwise
 from certify.propagate.drift import output_drift
 from certify.propagate.methods import BoundMethod, finite

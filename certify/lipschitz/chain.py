@@ -12,7 +12,8 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 
 from certify.lipschitz.barrier import WEIGHTS, Objective, descend
-from certify.lipschitz.steps import FEW, Mix, Readout, Source, Step, top
+from certify.lipschitz.hermitian import FEW, top
+from certify.lipschitz.steps import Mix, Readout, Source, Step
 
 #: A stage ends where a step gains less than this part of its weight: from small chains to large ones.
 PATIENCE = (1e-5, 1e-2)

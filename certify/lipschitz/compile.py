@@ -20,8 +20,9 @@ from certify.errors import UnsupportedOperation
 from certify.graph import INPUT, Graph, Node
 from certify.lipschitz.chain import Chain
 from certify.lipschitz.fourier import Torus
+from certify.lipschitz.hermitian import FEW
 from certify.lipschitz.slopes import pulled_back
-from certify.lipschitz.steps import FEW, Fold, Gate, Mix, Readout, Renew, Source, Step
+from certify.lipschitz.steps import Fold, Gate, Mix, Readout, Renew, Source, Step
 from certify.ops.arithmetic import Scale, Sum
 from certify.ops.base import Affine, Elementwise
 from certify.ops.conv import Conv

@@ -25,8 +25,9 @@ from certify.lipschitz import lipschitz_constant
 from certify.lipschitz.chain import Chain
 from certify.lipschitz.estimate import Question, ask
 from certify.lipschitz.fourier import Torus
+from certify.lipschitz.hermitian import top
 from certify.lipschitz.recursion import Recursion, chain_of, recheck
-from certify.lipschitz.steps import Gate, Mix, Renew, Source, top
+from certify.lipschitz.steps import Gate, Mix, Renew, Source
 from certify.results import LipschitzEstimate
 from certify.testing import check_lipschitz
 from models import KAF, mlp
