@@ -22,7 +22,7 @@ from certify.enclosures import Interval, Relaxation
 from certify.frames import Frame
 from certify.graph import Call, _Builder
 from certify.lipschitz import compile as compiling
-from certify.lipschitz import hermitian, steps
+from certify.lipschitz import hermitian, maps, steps
 from certify.ops.arithmetic import Scale, Sum
 from certify.ops.base import Affine, Elementwise, inner
 from certify.ops.conv import Conv, ConvTranspose
@@ -403,7 +403,7 @@ def product_of_slopes_forgotten(patch: Patch) -> None:
 
 @mutant(check.torus_of_a_padded_convolution)
 def torus_without_room(patch: Patch) -> None:
-    patch.setattr(compiling._Builder, "_widen", lambda *_: None)
+    patch.setattr(maps, "_widen", lambda *_: None)
 
 
 @mutant(check.overlapping_windows)

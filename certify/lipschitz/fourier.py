@@ -92,7 +92,8 @@ class Torus:
         sizes = torch.tensor(self.size)
         axes = [torch.arange(n) for n in self.size]
         for axis, n in enumerate(self.size):  # each pass turns one axis of the grid into frequencies, moved to the end
-            found = torch.tensordot(found, _phases(axes[axis], torch.arange(self.grid[axis]), n), ([2], [1]))
+            phases = _phases(axes[axis], torch.arange(self.grid[axis]), n).to(rows.device)
+            found = torch.tensordot(found, phases, ([2], [1]))
         place = torch.zeros(len(frequencies), dtype=torch.long)
         for axis in range(len(self.size)):
             place = place * self.size[axis] + frequencies[:, axis] % sizes[axis]
