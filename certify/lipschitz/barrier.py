@@ -8,7 +8,7 @@ L-BFGS: Nocedal and Wright, Numerical Optimization, algorithm 7.4.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float64
@@ -59,14 +59,21 @@ class _History:
 
 
 def descend(
-    objective: Objective, x: Float64[Tensor, "problems size"], steps: int, tolerance: float, end: float
+    objective: Objective, begins: Sequence[Float64[Tensor, "problems size"]], steps: int, tolerance: float, end: float
 ) -> Float64[Tensor, "problems size"]:
     """Return x after at most ``steps`` L-BFGS steps with backtracking, or steps that gain less than ``tolerance``.
 
-    No problem's value rises. No step begins after ``end`` (of the monotonic clock).
+    Every problem starts at the best of ``begins``, and its value never rises. No step begins after ``end`` (of the
+    monotonic clock).
     """
+    x, *others = begins
     every = torch.arange(len(x), device=x.device)
     value, gradient = objective(x, every)
+    for other in others:
+        found, slopes = objective(other, every)
+        better = (found < value)[:, None]
+        x, gradient = torch.where(better, other, x), torch.where(better, slopes, gradient)
+        value = torch.minimum(value, found)
     history, active = _History(), torch.isfinite(value)
     for _ in range(steps):
         if not bool(active.any()) or time.monotonic() > end:

@@ -11,13 +11,12 @@ import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
-from certify.lipschitz.barrier import WEIGHTS, Objective, descend
+from certify.lipschitz.barrier import WEIGHTS, descend
 from certify.lipschitz.hermitian import FEW, top
 from certify.lipschitz.steps import Mix, Readout, Source, Step
 
 #: A stage ends where a step gains less than this part of its weight: from small chains to large ones.
 PATIENCE = (1e-5, 1e-2)
-LOOKED = 4  # stages that are verified
 SMALL = 4e6  # multiplications of a small chain
 #: Added to a verified value, so that another order of summation verifies it again.
 MARGIN = 1e-12
@@ -88,38 +87,33 @@ class Chain:
     def solve(self, steps: int, seconds: float) -> tuple[Float64[Tensor, "problems"], list[Tensor]]:
         """Return certified constants and their multipliers S per step, after ``steps`` iterations a stage.
 
-        The best of the last stages counts: near the boundary of what is feasible rounding costs most. ``seconds``
-        are shared by the stages.
+        Of the last stages the best counts, back to the first that is no better: near the boundary of what is feasible
+        rounding costs most. ``seconds`` are shared by the stages.
         """
         trail, end = [self.start()], time.monotonic() + seconds
         for i, weight in enumerate(WEIGHTS if steps and self.size else ()):
             now = time.monotonic()
             share = now + (end - now) / (len(WEIGHTS) - i)
             objective = partial(self.objective, weight=weight)
-            begin = self._ahead(trail, objective, i)
-            trail.append(descend(objective, begin, steps, weight * self._patience, share))
+            trail.append(descend(objective, self._ahead(trail, i), steps, weight * self._patience, share))
         value = torch.full((self.problems,), torch.inf, dtype=torch.float64, device=self._device)
         multipliers: list[Tensor] = []
-        for looked, x in enumerate(reversed(trail)):
-            enough = looked >= LOOKED or time.monotonic() > end
-            if enough and bool(torch.isfinite(value).all()):
-                break
+        for x in reversed(trail):
             S = self.multipliers(x)
             found = self.certify(S)
             better = (found < value)[:, None]
             value = torch.minimum(value, found)
             multipliers = [torch.where(better, new, old) for new, old in zip(S, multipliers or S, strict=True)]
+            if bool(torch.isfinite(value).all()) and (not bool(better.any()) or time.monotonic() > end):
+                break
         return value, multipliers
 
-    def _ahead(self, trail: list[Tensor], objective: Objective, stage: int) -> Tensor:
-        """Where the path of the optima leads, if that is better than the last one: they are nearly linear in weight."""
+    def _ahead(self, trail: list[Tensor], stage: int) -> tuple[Tensor, ...]:
+        """Where a stage may begin: at the last optimum, or where the path of optima leads, nearly linear in weight."""
         if stage < 2:
-            return trail[-1]
+            return (trail[-1],)
         far, near, here = WEIGHTS[stage - 2 : stage + 1]
-        guess = trail[-1] + (trail[-1] - trail[-2]) * ((near - here) / (far - near))
-        every = torch.arange(self.problems, device=self._device)
-        better = objective(guess, every)[0] < objective(trail[-1], every)[0]
-        return torch.where(better[:, None], guess, trail[-1])
+        return trail[-1], trail[-1] + (trail[-1] - trail[-2]) * ((near - here) / (far - near))
 
     @property
     def _patience(self) -> float:

@@ -274,9 +274,7 @@ class _Builder:
         else:
             group = group if torus is not None else group.repeat_interleave(math.prod(rule.input_shape[1:]))
             fresh = torch.arange(channels, device=windows.device)
-        self._renew(
-            node.name, torch.full((self.samples,), gain, dtype=torch.float64, device=self.graph.device), group, fresh
-        )
+        self._renew(node.name, gain.expand(self.samples), group, fresh)
 
     def _renew(self, name: str, gain: Tensor, group: Tensor, fresh: Tensor) -> None:
         """The state becomes fresh values of ``name``; ``fresh`` are multipliers per channel, window, or one for all."""

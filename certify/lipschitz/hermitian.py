@@ -52,11 +52,12 @@ def log_det(P: State, t: Float64[Tensor, "problems n"]) -> tuple[Tensor, Tensor]
     n, t = t.shape[1], t[:, None, :, None]
     K = torch.eye(n, dtype=P.dtype, device=P.device) - t * P[..., :n, :n] * t.mT
     factor, info = torch.linalg.cholesky_ex(K)
-    failed = (info != 0) | ~torch.isfinite(factor.abs()).flatten(2).all(2)
+    found = 2 * factor.diagonal(dim1=-2, dim2=-1).real.log().sum(2)
+    failed = (info != 0) | ~torch.isfinite(found)
     if bool(failed.any()):  # no value of the search: any factor will do
         factor = torch.where(failed[..., None, None], torch.eye(n, dtype=P.dtype, device=P.device), factor)
-    barrier = 2 * factor.diagonal(dim1=-2, dim2=-1).real.log().sum(2)
-    return torch.where(failed, -torch.inf, barrier).mean(1), torch.cholesky_inverse(factor)
+        found = torch.where(failed, -torch.inf, found)
+    return found.mean(1), torch.cholesky_inverse(factor)
 
 
 def log_det_pull(t: Tensor, inverse: Tensor, weight: float) -> tuple[State, Float64[Tensor, "problems n"]]:
@@ -66,37 +67,34 @@ def log_det_pull(t: Tensor, inverse: Tensor, weight: float) -> tuple[State, Floa
     return each * t * inverse * t.mT, each * slope
 
 
-def grow(P: State, t: Float64[Tensor, "problems n"]) -> tuple[State, Tensor, Tensor]:
+def grow(P: State, t: Float64[Tensor, "problems n"], *, alone: bool) -> tuple[State, Tensor, Tensor]:
     """Return P + P_:v t K^-1 t P_v: with K = I - t P_vv t, log det K, and K^-1.
 
-    Where the state is v alone and t > 0 it is (K^-1 - I) / (t t^T), without a product of matrices.
+    Where the state is v ``alone`` and t > 0 it is (K^-1 - I) / (t t^T), without a product of matrices.
     """
-    n, (barrier, inverse) = t.shape[1], log_det(P, t)
+    n, (found, inverse) = t.shape[1], log_det(P, t)
     t = t[:, None, :, None]
-    if _alone(P, t):
+    if alone:
         grown = inverse.clone()
         grown.diagonal(dim1=-2, dim2=-1).sub_(1)
-        return grown.div_(t).div_(t.mT), barrier, inverse
+        return grown.div_(t * t.mT), found, inverse
     scaled = t * P[..., :n, :]
-    return P + scaled.mH @ (inverse @ scaled), barrier, inverse
-
-
-def _alone(P: State, t: Tensor) -> bool:
-    return P.shape[-1] == t.shape[2] and bool((t > 0).all())
+    return P + scaled.mH @ (inverse @ scaled), found, inverse
 
 
 def grow_pull(
-    grad: State, t: Tensor, P: State, inverse: Tensor, weight: float
+    grad: State, t: Tensor, P: State, inverse: Tensor, weight: float, *, alone: bool
 ) -> tuple[State, Float64[Tensor, "problems n"]]:
     """Return the gradients by P and log T; with H = I + e_v t K^-1 t P_v: it is H grad H^H for P."""
     n, (back, slope) = t.shape[1], log_det_pull(t, inverse, weight)
     t = t[:, None, :, None]
-    if _alone(P, t):  # H = t K^-1 / t
-        inner = grad / t / t.mT
+    if alone:  # H = t K^-1 / t
+        outer = t * t.mT
+        inner = grad / outer
         left = inverse @ inner
         both = left @ inverse
-        grown = (both - 2 * left + inner).diagonal(dim1=-2, dim2=-1).real
-        return back + both * t * t.mT, slope + grown.sum(1)
+        grown, mixed, plain = (part.diagonal(dim1=-2, dim2=-1).real.sum(1) for part in (both, left, inner))
+        return back + both * outer, slope + grown - 2 * mixed + plain
     H = t * (inverse @ (t * P[..., :n, :]))  # H - I in the rows of v
     rows = P[..., :n, :] + P[..., :n, :n] @ H  # of the grown state
     across = grad.clone()

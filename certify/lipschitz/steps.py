@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ class Source(Step):
 
     def forward(self, P: State, log_s: Tensor) -> tuple[State, Any]:
         if not self.places:
-            return self._plain[None].expand(self.problems, -1, -1, -1), None
+            return self._gram[None].expand(self.problems, -1, -1, -1), None
         q = torch.softmax(-log_s, 1)
         d = self.places / q
         return (self.G * d[:, None, None]) @ self.G.mH, (d, q)
@@ -135,8 +136,8 @@ class Source(Step):
     def take(self, index: Tensor) -> Source:
         return replace(self, problems=len(index))
 
-    @property
-    def _plain(self) -> Tensor:
+    @cached_property
+    def _gram(self) -> Tensor:
         return self.G @ self.G.mH
 
 
@@ -232,11 +233,24 @@ class Gate(Step):
         """One multiplier per neuron."""
         return self.c.shape[1]
 
+    @cached_property
+    def live(self) -> Tensor:
+        """The neurons that are not linear."""
+        return self.r > 0
+
+    @cached_property
+    def _all_live(self) -> bool:
+        return bool(self.live.all())
+
+    def _alone(self, P: State) -> bool:
+        """Whether the state is these neurons and nothing else, all with multipliers."""
+        return P.shape[-1] == self.size and self._all_live
+
     def forward(self, P: State, log_s: Tensor) -> tuple[State, Any]:
-        n, live = self.size, self.r > 0
+        n, live = self.size, self.live
         S, scale = _in_units(P, log_s, live)
         t = torch.where(live, S.rsqrt(), 0)
-        out, barrier, inverse = grow(P, t)
+        out, barrier, inverse = grow(P, t, alone=self._alone(P))
         out[..., :n, :] *= self.c[:, None, :, None]
         out[..., :, :n] *= self.c[:, None, None, :]
         out.diagonal(dim1=-2, dim2=-1)[..., :n] += torch.where(live, self.r.square() * S, 0)[:, None]
@@ -246,19 +260,19 @@ class Gate(Step):
         return memory[0]
 
     def pull(self, grad: State, memory: Any, weight: float) -> tuple[State, Tensor]:
-        n, live = self.size, self.r > 0
+        n, live = self.size, self.live
         _, scale, S, t, P, inverse = memory
         fresh = torch.where(live, self.r.square() * S * grad.diagonal(dim1=-2, dim2=-1)[..., :n].real.sum(1), 0)
         G = grad.clone()
         G[..., :n, :] *= self.c[:, None, :, None]
         G[..., :, :n] *= self.c[:, None, None, :]
-        back, slope = grow_pull(G, t, P, inverse, weight)
+        back, slope = grow_pull(G, t, P, inverse, weight, alone=self._alone(P))
         slope = torch.where(live, fresh - slope, 0)  # by log S = -log T
         back.diagonal(dim1=-2, dim2=-1)[..., :n] += _share(slope, scale, live, grad.shape[1])
         return back, slope
 
     def bound(self, P: State, T: Tensor) -> State:
-        n, live = self.size, self.r > 0
+        n, live = self.size, self.live
         grown = grow_bound(P, torch.where(live, T, 0))
         c = torch.nn.functional.pad(self.c, (0, P.shape[-1] - n), value=1.0)[:, None]
         scaled = grown * c[..., :, None] * c[..., None, :]
@@ -273,10 +287,10 @@ class Gate(Step):
     def centre(self, P: State) -> Tensor:
         """lambda_max (1 + |c| / r), the best multiple: it turns P <= lambda_max into P' <= (|c| + r)^2 lambda_max."""
         ratio = (self.c.abs() / self.r.clamp(min=1e-300)).clamp(INNER, 1e6)
-        return _log_top(P[..., : self.size, : self.size], self.r > 0)[:, None] + torch.log1p(ratio)
+        return _log_top(P[..., : self.size, : self.size], self.live)[:, None] + torch.log1p(ratio)
 
     def absolute(self, P: State, log_s: Tensor) -> Tensor:
-        return torch.where(self.r > 0, _in_units(P, log_s, self.r > 0)[0], torch.inf)
+        return torch.where(self.live, _in_units(P, log_s, self.live)[0], torch.inf)
 
     def take(self, index: Tensor) -> Gate:
         return replace(self, c=self.c[index], r=self.r[index])

@@ -44,7 +44,8 @@ def known() -> None:
     """Published networks against their optimum, and cvxpy + Clarabel in the same run."""
     assert SHARED is not None
     cases = json.loads((SHARED / "lipschitz" / "expected.json").read_text())["cases"]
-    timed(dense(torch.ones(2, 2), torch.ones(1, 2)), "lipsdp-neuron", input_shape=(2,))  # imports the solver
+    for method in ("lipsdp-neuron", "recursion"):  # imports the solver, warms up
+        timed(dense(torch.ones(2, 2), torch.ones(1, 2)), method, input_shape=(2,))
     for name, case in cases.items():
         arrays = np.load(SHARED / "lipschitz" / case["file"])
         model = dense(*(torch.from_numpy(arrays[key]) for key in sorted(arrays.files)))
