@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from scipy import sparse
-from scipy.optimize import OptimizeResult, linprog
 
 from certify.rounding import gamma
 from certify.sets import LpBall, PerturbationSet
+
+if TYPE_CHECKING:
+    from scipy.optimize import OptimizeResult
 
 ROUNDS = 8  # of tangents, for balls that are no boxes
 TINY = float(np.finfo(np.float64).tiny)
@@ -96,6 +99,8 @@ class Program:
 
     def _solve(self, cost: np.ndarray, touched: list[np.ndarray]) -> OptimizeResult | None:
         """A solver's opinion, None where it has none."""
+        from scipy.optimize import linprog  # slow to import
+
         A, b, A_eq, lower, upper = self.A_ub, self.b_ub, self.A_eq, self.lower, self.upper
         if touched:
             A, b, extra = self._with_ball(touched)

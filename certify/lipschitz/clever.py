@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float64
-from scipy.stats import kstest, weibull_max
 from torch import Tensor
 
 from certify.errors import InvalidInput, UnsupportedOperation
@@ -79,6 +78,8 @@ def _end_points(maxima: Float64[Tensor, "batches *n"]) -> Float64[Tensor, "*n"]:
 
 def _end_point(maxima: np.ndarray) -> float:
     """The location of the best reverse Weibull fit; the largest value itself if none fits, or all are the same."""
+    from scipy.stats import kstest, weibull_max  # slow to import
+
     top, spread = float(maxima.max()), float(np.ptp(maxima))
     if spread <= 1e-9 * top:
         return top
