@@ -13,6 +13,7 @@ def ops(output: OutputOptions) -> None:
     from cli import output as out
     from cli.theme import table
     from models import data, networks
+    from models.training import RECIPES
 
     console = out.console(output.json)
     found = {
@@ -23,6 +24,7 @@ def ops(output: OutputOptions) -> None:
         "Lipschitz estimators": sorted(registry.ESTIMATORS),
         "networks to train": sorted(networks.NETWORKS),
         "activations to train": sorted(networks.ACTIVATIONS),
+        "training recipes": sorted(RECIPES),
         "data sets": ["digits", *data.TORCHVISION, "npz:PATH"],
     }
     made = table("What is supported", "", "names")

@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
     from cli.subjects import Samples, Subject
     from models.data import Dataset
-    from models.recipe import Recipe
+    from models.training import TrainConfig
 
 #: Name to activation: a ReLU net and a KAF net (which starts as an ELU) of the same shape.
 NETWORKS = {"relu": "relu", "kaf": "kaf-elu"}
 HIDDEN = (64, 64)
 RADII = "0.02,0.05,0.1"
 LAYER_RADIUS = "0.05"
+RADIUS = 0.1  # of training
 EPOCHS, QUICK_EPOCHS = 40, 6
 LAYER_SAMPLES, QUICK_SAMPLES = 100, 40
 
@@ -64,45 +65,43 @@ def _trained(console: Console, out: Path, quick: bool) -> tuple[Samples, list[Su
     from cli.subjects import samples, subjects
     from models import data
 
-    digits, recipe = data.load("digits"), _recipe(quick)
+    digits, config = data.load("digits"), _config(quick)
     console.print(
         f"Training two networks of the same shape ({digits.train_x[0].numel()}-{'-'.join(map(str, HIDDEN))}-"
         f"{digits.classes}) on {len(digits.train_x)} handwritten digits of 8x8 pixels: one with ReLU, one with "
         "trainable kernel activation functions (KAF). Every image is attacked while they learn (fast adversarial "
-        f"training, radius {recipe.radius:g}, {recipe.epochs} epochs, weight decay {recipe.weight_decay:g}, KAF "
-        f"parameters at {recipe.kaf_lr:g} of the rate, seed {recipe.seed}).",
+        f"training, radius {RADIUS:g}, {config.epochs} epochs, weight decay {config.optimizer.weight_decay:g}, KAF "
+        f"parameters at {config.optimizer.kaf_lr:g} of the rate, seed {config.seed}).",
     )
     for name in NETWORKS:
-        _train(console, out / name, name, digits, recipe)
+        _train(console, out / name, name, digits, config)
     networks = subjects(NetworkOptions(checkpoints=[out / name for name in NETWORKS]))
     chosen = DataOptions(samples=QUICK_SAMPLES if quick else len(digits.test_x))
     return samples(chosen, networks), networks
 
 
-def _train(console: Console, place: Path, name: str, digits: Dataset, recipe: Recipe) -> None:
+def _train(console: Console, place: Path, name: str, digits: Dataset, config: TrainConfig) -> None:
     from cli.output import progress
     from cli.theme import percent, seconds
     from models.networks import architecture, build
     from models.training import train
 
     shape = architecture("mlp", digits.input_shape, digits.classes, NETWORKS[name], hidden=HIDDEN)
-    with progress(f"training {name}", recipe.epochs) as tick:
-        result = train(build(shape, seed=recipe.seed), digits, recipe, directory=place, on_epoch=lambda _: tick(1))
+    with progress(f"training {name}", config.epochs) as tick:
+        result = train(build(shape, seed=config.seed), digits, config, directory=place, on_epoch=lambda _: tick(1))
     if result.status == "interrupted":
         raise KeyboardInterrupt
     best = result.records[result.best_epoch - 1]
     console.print(f"  {name}: {seconds(result.seconds)}, validation accuracy {percent(best.val_accuracy)}")
 
 
-def _recipe(quick: bool) -> Recipe:
+def _config(quick: bool) -> TrainConfig:
     """Fast adversarial training; weight decay and a low rate for the KAF parameters keep functions smooth."""
-    from models.recipe import Recipe
+    from models.training import Engine, Fast, Optimizer, TrainConfig
 
-    return Recipe(
+    return TrainConfig(
         epochs=QUICK_EPOCHS if quick else EPOCHS,
-        method="fast",
-        radius=0.1,
-        weight_decay=1e-3,
-        kaf_lr=0.2,
-        device="cpu",
+        recipe=Fast(radius=RADIUS),
+        optimizer=Optimizer(weight_decay=1e-3, kaf_lr=0.2),
+        engine=Engine(device="cpu"),
     )

@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from models.data import Dataset
-    from models.recipe import Recipe
+    from models.training import EpochRecord, TrainConfig
 
 #: Data sets with more training images than this get few epochs by default.
 LARGE, FEW_EPOCHS, MANY_EPOCHS = 10_000, 5, 40
@@ -32,34 +32,56 @@ class ArchitectureOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeOptions:
-    """How to train."""
+class RunOptions:
+    """How to train: a config file, and options that go before it."""
 
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A TOML file of the run's options; those given here go before.")
+    ] = None
+    set: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any option by its name in that file: optimizer.clip=1."),
+    ] = None
     epochs: Annotated[int | None, typer.Option(metavar="N", help="Epochs [40; 5 for more than 10,000 images].")] = None
-    batch: Annotated[int, typer.Option(metavar="N", help="Images per step.")] = 128
-    optimizer: Annotated[str, typer.Option(metavar="NAME", help="adam or sgd.")] = "adam"
-    lr: Annotated[float, typer.Option(metavar="RATE", help="Peak of the one-cycle learning rate.")] = 5e-3
-    kaf_lr: Annotated[float, typer.Option(metavar="X", help="Factor on the rate for KAF parameters.")] = 1.0
-    weight_decay: Annotated[float, typer.Option(metavar="X", help="l2 penalty on weights.")] = 0.0
+    batch: Annotated[int | None, typer.Option(metavar="N", help="Images per step [128].")] = None
     method: Annotated[
-        str, typer.Option(metavar="NAME", help="standard, or adversarial: fast (one step), pgd (several).")
-    ] = "standard"
-    radius: Annotated[str, typer.Option(metavar="R", help="Radius of adversarial training.")] = "0"
-    norm: Annotated[str, typer.Option(metavar="NORM", help="Its norm: linf, l2 or l1.")] = "linf"
-    steps: Annotated[int, typer.Option(metavar="N", help="Steps of pgd.")] = 7
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda.")] = "auto"
+        str | None, typer.Option(metavar="NAME", help="The recipe: standard, fast, pgd, ibp, ... (see `certify ops`).")
+    ] = None
+    radius: Annotated[str | None, typer.Option(metavar="R", help="Radius of adversarial or certified training.")] = None
+    norm: Annotated[str | None, typer.Option(metavar="NORM", help="Its norm: linf, l2 or l1 [linf].")] = None
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of the recipe's attack.")] = None
+    optimizer: Annotated[str | None, typer.Option(metavar="NAME", help="adam, adamw or sgd [adam].")] = None
+    lr: Annotated[float | None, typer.Option(metavar="RATE", help="Peak of the learning rate [0.005].")] = None
+    kaf_lr: Annotated[float | None, typer.Option(metavar="X", help="Factor on the rate for KAF parameters [1].")] = None
+    weight_decay: Annotated[float | None, typer.Option(metavar="X", help="l2 penalty on weights [0].")] = None
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu or cuda [auto].")] = None
     patience: Annotated[
         int | None, typer.Option(metavar="N", help="Stop after N epochs without a better validation score.")
     ] = None
 
 
+#: Where the options above stand in a config; the others have their own name there.
+PLACES = {
+    "method": "recipe.name",
+    "radius": "recipe.radius",
+    "norm": "recipe.norm",
+    "steps": "recipe.steps",
+    "optimizer": "optimizer.name",
+    "lr": "optimizer.lr",
+    "kaf_lr": "optimizer.kaf_lr",
+    "weight_decay": "optimizer.weight_decay",
+    "device": "engine.device",
+    "patience": "watch.patience",
+}
+
+
 def train(
     architecture: ArchitectureOptions,
-    recipe: RecipeOptions,
+    options: RunOptions,
     data: Annotated[str, typer.Option(metavar="NAME", help="digits, mnist, ... (see `certify ops`).")] = "digits",
     data_dir: Annotated[Path | None, typer.Option(metavar="FOLDER", help="torchvision's root folder.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data if it is not there.")] = False,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Decides everything random.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Decides everything random [0].")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="The checkpoint [runs/DATA-ARCH-ACT].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out exactly.")] = False,
 ) -> None:
@@ -70,40 +92,40 @@ def train(
     from cli.output import console as open_console
     from models import data as sets
     from models.networks import build
+    from models.training import launched
 
     console = open_console()
     found = sets.load(data, data_dir=data_dir, download=download)
-    chosen = _recipe(recipe, found, seed)
-    model = build(_architecture(architecture, found), seed=seed)
+    chosen = config_of(options, found, seed)
+    model = build(architecture_of(architecture, found), seed=chosen.seed)
     place = out or Path("runs") / f"{data.rpartition('/')[2]}-{architecture.arch}-{architecture.activation}"
     _check_place(place, resume)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
         f"{architecture.arch} with {architecture.activation}, {parameters:,} parameters, on {len(found.train_x):,} "
-        f"images of {found.name}; {chosen.method} training, {chosen.epochs} epochs, seed {seed}",
+        f"images of {found.name}; {recipe_words(chosen)}, {chosen.epochs} epochs, seed {chosen.seed}",
         soft_wrap=True,
     )
-    _run(model, found, chosen, place, resume, console)
+    with launched() as group:
+        _run(model, found, chosen, place, resume, console if group.main else open_console(quiet=True))
 
 
-def _run(model: Any, found: Dataset, recipe: Recipe, place: Path, resume: bool, console: Any) -> None:
+def _run(model: Any, found: Dataset, config: TrainConfig, place: Path, resume: bool, console: Any) -> None:
     """Train with a line per epoch, and say what came out."""
     from cli.output import progress
     from cli.theme import percent, seconds
-    from models.adversary import accuracy
     from models.training import train as train_model
+    from models.training.validation import accuracy
 
-    with progress("training", recipe.epochs) as tick:
+    with progress("training", config.epochs) as tick:
 
-        def say(record: Any) -> None:
-            robust = "" if record.val_robust is None else f", under attack {percent(record.val_robust)}"
-            console.print(
-                f"epoch {record.epoch:>3}: loss {record.loss:.4f}, validation {percent(record.val_accuracy)}{robust}, "
-                f"{seconds(record.seconds)}"
-            )
+        def say(record: EpochRecord) -> None:
+            console.print(epoch_words(record), soft_wrap=True)
             tick(1)
 
-        result = train_model(model, found, recipe, directory=place, resume=resume, on_epoch=say)
+        result = train_model(model, found, config, directory=place, resume=resume, on_epoch=say)
+    for epoch in result.overfitted:
+        console.print(overfitting_words(epoch, config), soft_wrap=True)
     if result.status == "interrupted":
         saved = f"the best weights are in {place}; --resume continues" if result.best_epoch else "nothing saved yet"
         typer.echo(f"interrupted; {saved}", err=True)
@@ -115,7 +137,40 @@ def _run(model: Any, found: Dataset, recipe: Recipe, place: Path, resume: bool, 
     console.print(f"checkpoint: {place}   next: certify report {place}", soft_wrap=True)
 
 
-def _architecture(options: ArchitectureOptions, found: Dataset) -> dict[str, Any]:
+def epoch_words(record: EpochRecord) -> str:
+    """Return the line of one epoch."""
+    from cli.theme import count, percent, seconds
+
+    parts = [f"epoch {record.epoch:>3}: loss {record.loss:.4f}", f"validation {percent(record.val_accuracy)}"]
+    if record.val_robust is not None:
+        parts.append(f"under attack {percent(record.val_robust)}")
+    if record.val_certified is not None:
+        parts.append(f"certified {percent(record.val_certified)}")
+    return ", ".join([*parts, seconds(record.seconds), f"{count(round(record.images_per_second))} images/s"])
+
+
+def overfitting_words(epoch: int, config: TrainConfig) -> str:
+    """Return what was noticed after ``epoch``, and what was done about it."""
+    answers = {
+        "switch": "went back to the best weights and on with PGD training",
+        "stop": "stopped there with the best weights",
+        "report": "went on all the same",
+    }
+    return (
+        f"catastrophic overfitting after epoch {epoch}: {config.recipe.name} holds against its own attack and not "
+        f"against PGD; {answers[config.watch.overfitting]}"
+    )
+
+
+def recipe_words(config: TrainConfig) -> str:
+    """Return the recipe in words: "fast training against linf 0.1"."""
+    threat = config.recipe.threat
+    against = "" if threat is None else f" against {threat.norm} {threat.radius:.4g}"
+    return f"{config.recipe.name} training{against}"
+
+
+def architecture_of(options: ArchitectureOptions, found: Dataset) -> dict[str, Any]:
+    """Return the architecture that the options name, for that data."""
     from cli.parsing import integers
     from models.networks import architecture
 
@@ -126,20 +181,47 @@ def _architecture(options: ArchitectureOptions, found: Dataset) -> dict[str, Any
     return architecture(options.arch, found.input_shape, found.classes, options.activation, hidden=hidden, **given)
 
 
-def _recipe(options: RecipeOptions, found: Dataset, seed: int) -> Recipe:
-    from dataclasses import asdict
+def config_of(options: RunOptions, found: Dataset, seed: int | None) -> TrainConfig:
+    """Return the config of the file, changed by ``--set`` and by the options that were given, in this order."""
+    from models.training.config import TrainConfig, load_toml
+
+    tables = load_toml(options.config) if options.config else {}
+    for text in options.set or ():
+        _put(tables, *_assignment(text))
+    for name, value in vars(options).items():
+        if name not in ("config", "set") and value is not None:
+            _put(tables, PLACES.get(name, name), value)
+    if seed is not None:
+        tables["seed"] = seed
+    tables.setdefault("epochs", FEW_EPOCHS if len(found.train_x) > LARGE else MANY_EPOCHS)
+    return TrainConfig.from_dict(tables)
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """The key and the value of KEY=VALUE; a value that is not TOML is a word."""
+    import tomllib
 
     from certify.errors import InvalidInput
-    from cli.parsing import radii
-    from models.recipe import Recipe
 
-    given = asdict(options)
-    if given["epochs"] is None:
-        given["epochs"] = FEW_EPOCHS if len(found.train_x) > LARGE else MANY_EPOCHS
-    (radius, *more) = radii(options.radius)
-    if more:
-        raise InvalidInput(f"--radius {options.radius}", "one radius to train with", "--radius 8/255")
-    return Recipe(**given | {"radius": float(radius), "seed": seed})
+    key, sign, value = text.partition("=")
+    if not (sign and key.strip() and value.strip()):
+        raise InvalidInput(f"--set {text!r}", "KEY=VALUE", "--set optimizer.clip=1.0")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def _put(tables: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested tables."""
+    from certify.errors import InvalidInput
+
+    *path, last = key.split(".")
+    for name in path:
+        tables = tables.setdefault(name, {})
+        if not isinstance(tables, dict):
+            raise InvalidInput(f"{key} = {value!r}", f"{name} to be a table", "a key such as optimizer.clip")
+    tables[last] = value
 
 
 def _check_place(place: Path, resume: bool) -> None:

@@ -14,6 +14,7 @@ from cli.catalogue import ops
 from cli.complaints import complain
 from cli.demo import demo
 from cli.learning import train
+from cli.rates import lr_find
 
 app = typer.Typer(
     name="certify",
@@ -24,8 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (demo, train, questions.report, questions.bounds, questions.attack, questions.lipschitz, ops):
-    app.command()(bundled(at_home(_command)))
+_COMMANDS = (demo, train, lr_find, questions.report, questions.bounds, questions.attack, questions.lipschitz, ops)
+for _command in _COMMANDS:
+    app.command(_command.__name__.replace("_", "-"))(bundled(at_home(_command)))
 
 
 def main(arguments: list[str] | None = None) -> int:

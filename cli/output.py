@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from analysis.plain import encode
 from certify.errors import InvalidFile
@@ -25,16 +25,19 @@ SCHEMA_VERSION = 1
 STDOUT = "-"
 
 
-def console(target: str | None = None) -> Console:
+def console(target: str | None = None, *, quiet: bool = False) -> Console:
     """Return the console for tables: stdout, or stderr where ``target`` sends JSON to stdout.
 
-    Raises ``InvalidFile`` if the JSON cannot be written to ``target``: before the work, not after it.
+    A ``quiet`` one prints nothing. Raises ``InvalidFile`` if the JSON cannot be written to ``target``: before the
+    work, not after it.
     """
     check_target(target)
     stream = sys.stderr if target == STDOUT else sys.stdout
     narrow = stream.isatty() or "COLUMNS" in os.environ
     colors: Any = None if os.environ.get("NO_COLOR") else "auto"  # None: no bold type either
-    return Console(file=stream, width=None if narrow else PLAIN_WIDTH, highlight=False, color_system=colors)
+    return Console(
+        file=stream, width=None if narrow else PLAIN_WIDTH, highlight=False, color_system=colors, quiet=quiet
+    )
 
 
 def check_target(target: str | Path | None) -> None:
@@ -52,7 +55,13 @@ def check_target(target: str | Path | None) -> None:
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar on stderr while the work goes on (nothing where stderr is no terminal); yields its tick."""
     screen = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task(label, total=total)
         yield lambda done: bar.advance(task, done)

@@ -9,7 +9,7 @@ from typing import Any
 from certify.attacks import Attack
 from certify.errors import InvalidInput, unknown_name
 from certify.registry import ATTACKS, lookup
-from models.recipe import NORMS
+from models.training.recipe import NORMS
 
 
 def radii(text: str) -> tuple[Fraction, ...]:

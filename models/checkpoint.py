@@ -33,12 +33,18 @@ class Checkpoint:
     meta: dict[str, Any]
 
 
-def save(path: str | Path, model: nn.Module, meta: Mapping[str, Any] | None = None) -> Path:
+def save(
+    path: str | Path,
+    model: nn.Module,
+    meta: Mapping[str, Any] | None = None,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write the checkpoint ``path`` (a folder, or NAME.json / NAME.safetensors) and return the JSON's path.
 
-    Both files are written whole before either takes its name; the JSON holds the hash of the weights. Raises
-    ``InvalidInput`` for models that carry no architecture: user's networks, or an activation made by a
-    factory.
+    ``weights`` are kept in place of the model's own if given: a state_dict of it. Both files are written whole before
+    either takes its name; the JSON holds the hash of the weights. Raises ``InvalidInput`` for models that carry no
+    architecture: user's networks, or an activation made by a factory.
     """
     if not isinstance(model, Network) or model.architecture is None:
         raise InvalidInput(
@@ -47,10 +53,10 @@ def save(path: str | Path, model: nn.Module, meta: Mapping[str, Any] | None = No
             "torch.save(model.state_dict(), FILE) for your own",
         )
     stem = _stem(Path(path))
-    weights = pack(model.state_dict())
-    record = {**(meta or {}), **_describe(model.architecture), "weights_sha256": _hash(weights)}
+    packed = pack(model.state_dict() if weights is None else weights)
+    record = {**(meta or {}), **_describe(model.architecture), "weights_sha256": _hash(packed)}
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    write({_file(stem, "safetensors"): weights, _file(stem, "json"): text.encode()})
+    write({_file(stem, "safetensors"): packed, _file(stem, "json"): text.encode()})
     return _file(stem, "json")
 
 

@@ -22,7 +22,11 @@ _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 def write(contents: Mapping[Path, bytes]) -> None:
-    """Write all files, each whole or not at all: temporary files first, then one rename after the other."""
+    """Write all files, each whole or not at all: temporary files first, then one rename after the other.
+
+    Raises ``InvalidFile`` where they cannot be written (a full disk, a folder that is read-only); the files that were
+    there stay.
+    """
     staged: list[tuple[str, Path]] = []
     try:
         for path, data in contents.items():
@@ -35,6 +39,13 @@ def write(contents: Mapping[Path, bytes]) -> None:
                 os.fsync(file.fileno())
         for name, path in staged:
             os.replace(name, path)
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        raise InvalidFile(
+            f"cannot write {error.filename or ', '.join(map(str, contents))}: {reason}",
+            "a folder that can be written to, with room",
+            "free some space or choose another folder; what was there before is whole",
+        ) from None
     finally:
         for name, _ in staged:
             with suppress(FileNotFoundError):

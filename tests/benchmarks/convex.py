@@ -36,14 +36,13 @@ def case(activation: str, name: str) -> dict[str, Any]:
     from certify.rounding import Real
     from models import mlp
     from models.data import load
-    from models.recipe import Recipe
     from models.training import train
 
     torch.set_num_threads(1)
     data = load("digits")
     torch.manual_seed(0)
     model = mlp((64, 32, 32, 10), activation)
-    train(model, data, Recipe(epochs=30, seed=0, device="cpu"))
+    train(model, data, TrainConfig(epochs=30, engine=Engine(device="cpu")))
     model.eval()
     x, labels = data.test_x[:SAMPLES], data.test_y[:SAMPLES]
     domain, spec = certify.LpBall(x, RADIUS, clip=(0.0, 1.0)), certify.class_margins(labels, 10)

@@ -29,7 +29,6 @@ def case(activation: str) -> dict[str, object]:
     import certify
     from models import cnn
     from models.data import load, subset
-    from models.recipe import Recipe
     from models.training import train
 
     torch.set_num_threads(1)
@@ -39,7 +38,10 @@ def case(activation: str) -> dict[str, object]:
     data = replace(data, train_x=x, train_y=y, val_x=data.val_x[:500], val_y=data.val_y[:500])
     torch.manual_seed(0)
     model = cnn(data.input_shape, 10, activation, width=8)
-    train(model, data, Recipe(epochs=4, method="fast", radius=0.1, kaf_lr=0.2, device="cpu"))
+    config = TrainConfig(
+        epochs=4, recipe=Fast(radius=0.1), optimizer=Optimizer(kaf_lr=0.2), engine=Engine(device="cpu")
+    )
+    train(model, data, config)
     x, y = data.test_x[:200], data.test_y[:200]
     index = (model(x).argmax(1) == y).nonzero()[:20, 0]
     spec = certify.class_margins(y[index], 10)

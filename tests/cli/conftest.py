@@ -10,8 +10,7 @@ import torch
 
 from models import checkpoint, mlp
 from models.data import load
-from models.recipe import Recipe
-from models.training import train
+from models.training import Engine, Fast, TrainConfig, train
 
 NETS = """
 import torch
@@ -80,7 +79,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small network that was trained on digits for a few epochs."""
     place, data = tmp_path_factory.mktemp("trained"), load("digits")
     torch.manual_seed(0)
-    train(mlp([64, 16, 10]), data, Recipe(epochs=6, method="fast", radius=0.05, device="cpu"), directory=place)
+    config = TrainConfig(epochs=6, recipe=Fast(radius=0.05), engine=Engine(device="cpu"))
+    train(mlp([64, 16, 10]), data, config, directory=place)
     return place
 
 

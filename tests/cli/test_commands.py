@@ -159,7 +159,7 @@ def test_train_writes_resumes_and_is_not_overwritten(folder: Path, capsys: Captu
     assert "epoch   2" in text
     assert "test accuracy" in text
     meta = checkpoint.load(folder / "run").meta
-    assert meta["recipe"]["radius"] == 0.1
+    assert meta["config"]["recipe"]["radius"] == 0.1
     assert len(meta["normalisation"]["mean"]) == 1
     assert run(words) == 2
     assert "holds a run already" in capsys.readouterr().err
@@ -167,19 +167,46 @@ def test_train_writes_resumes_and_is_not_overwritten(folder: Path, capsys: Captu
     assert "mean" in said(capsys, "report run --samples 5 --radius 0.01 --no-layers")
 
 
+def test_options_go_before_assignments_and_these_before_the_file(folder: Path, capsys: Capture) -> None:
+    (folder / "run.toml").write_text(
+        'epochs = 9\nseed = 5\n[optimizer]\nname = "sgd"\nlr = 0.5\nclip = 2.0\n[recipe]\nname = "ibp"\nradius = "1/50"'
+    )
+    text = said(capsys, "train --config run.toml --set epochs=2 --set optimizer.lr=0.1 --lr 0.01 --hidden 8 --out run")
+    assert "ibp training against linf 0.02, 2 epochs, seed 5" in text
+    assert "certified" in text
+    config = checkpoint.load(folder / "run").meta["config"]
+    assert config["optimizer"]["lr"] == 0.01
+    assert config["optimizer"]["clip"] == 2.0
+    assert (config["epochs"], config["seed"]) == (2, 5)
+
+
+def test_lr_find_prints_and_draws_the_curve(folder: Path, capsys: Capture) -> None:
+    words = "lr-find --hidden 8 --optimizer sgd --tries 30 --plot {} --json curve.json"
+    text = said(capsys, words.format("curve.svg"))
+    assert "falls fastest" in text
+    first = (folder / "curve.svg").read_bytes()
+    assert first.startswith(b"<?xml")
+    said(capsys, words.format("curve.svg"))
+    assert (folder / "curve.svg").read_bytes() == first
+    found = json.loads((folder / "curve.json").read_text())["results"]
+    assert len(found["rates"]) == len(found["losses"]) <= 30
+    said(capsys, words.format("curve.png"))
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_an_interrupted_training_says_what_is_saved(
     folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from models.training import _Run
+    from models.training.loop import Run
 
-    epoch = _Run.epoch
+    epoch = Run.epoch
 
-    def once(self: _Run) -> object:
+    def once(self: Run) -> object:
         if self.progress.epoch == 1:
             raise KeyboardInterrupt
         return epoch(self)
 
-    monkeypatch.setattr(_Run, "epoch", once)
+    monkeypatch.setattr(Run, "epoch", once)
     assert run("train --hidden 4 --epochs 3 --out run") == 130
     assert "--resume continues" in capsys.readouterr().err
     assert (folder / "run" / "model.safetensors").is_file()
@@ -261,7 +288,7 @@ def test_the_whole_demo_keeps_its_promises(folder: Path) -> None:
         assert found.rows[1].certified["crown"].value > 0.7
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "report", "bounds", "attack", "lipschitz", "ops"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "lr-find", "report", "bounds", "attack", "lipschitz", "ops"])
 def test_help_needs_no_torch(folder: Path, command: str) -> None:
     code = (
         "import sys; from cli.main import main; "

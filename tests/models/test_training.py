@@ -1,7 +1,9 @@
-"""Training: it learns, resumes exactly, keeps its best weights, and its adversary stays in the ball."""
+"""Training: it learns, resumes exactly, keeps its best weights, and watches what it should."""
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +13,28 @@ from torch import Tensor, nn
 
 from certify.errors import InvalidFile, InvalidInput, InvalidModel
 from models import KAF, mlp
-from models.adversary import accuracy, robust_accuracy, training_inputs
 from models.checkpoint import load
 from models.data import Dataset, subset
 from models.data import load as load_data
 from models.networks import Network
-from models.recipe import EpochRecord, Recipe
-from models.training import one_cycle, train
+from models.training import (
+    RECIPES,
+    Augment,
+    EpochRecord,
+    Fast,
+    Free,
+    Optimizer,
+    Penalties,
+    PGDTraining,
+    Schedule,
+    Standard,
+    TrainConfig,
+    Watch,
+    find_rate,
+    train,
+)
+from models.training.records import overfits
+from models.training.validation import accuracy, certified_accuracy, robust_accuracy
 
 
 @pytest.fixture(scope="module")
@@ -50,32 +67,49 @@ def interrupt_after(epoch: int):
     return stop
 
 
-RECIPES = {
-    "standard adam": Recipe(epochs=4, batch=50),
-    "standard sgd": Recipe(epochs=4, batch=64, optimizer="sgd", lr=0.05, weight_decay=1e-4),
-    "fast adam": Recipe(epochs=4, batch=50, method="fast", radius=0.1),
-    "fast l2": Recipe(epochs=4, batch=50, method="fast", radius=0.5, norm="l2"),
-    "pgd adam": Recipe(epochs=4, batch=100, method="pgd", radius=0.1, steps=2),
+CONFIGS = {
+    "standard adam": TrainConfig(epochs=4, batch=50),
+    "standard sgd": TrainConfig(
+        epochs=4, batch=64, optimizer=Optimizer(name="sgd", lr=0.05, weight_decay=1e-4, clip=1.0)
+    ),
+    "averaged": TrainConfig(
+        epochs=4, batch=64, optimizer=Optimizer(name="adamw", average=0.9), schedule=Schedule(name="cosine")
+    ),
+    "augmented": TrainConfig(epochs=4, batch=64, augment=Augment(crop=1, flip=True, cutout=2), smoothing=0.1),
+    "penalised": TrainConfig(
+        epochs=2,
+        batch=150,
+        recipe=Fast(radius=0.05),
+        penalties=Penalties(lipschitz=1e-3, slope=1e-2, curvature=1e-3, gradalign=0.1),
+    ),
+    **{
+        name: TrainConfig(epochs=4, batch=100, recipe=kind(radius=0.05))
+        for name, kind in RECIPES.items()
+        if kind not in (Standard,) and name != "crown-ibp"
+    },
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_two_and_two_epochs_are_four(name: str, digits: Dataset, tmp_path: Path) -> None:
-    recipe = RECIPES[name]
-    whole = train(network(), digits, recipe, directory=tmp_path / "whole")
-    first = train(network(), digits, recipe, directory=tmp_path / "parts", on_epoch=interrupt_after(2))
-    assert (first.status, len(first.records)) == ("interrupted", 2)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_two_parts_are_one_whole(name: str, digits: Dataset, tmp_path: Path) -> None:
+    config = CONFIGS[name]
+    half = config.epochs // 2
+    whole = train(network(), digits, config, directory=tmp_path / "whole")
+    first = train(network(), digits, config, directory=tmp_path / "parts", on_epoch=interrupt_after(half))
+    assert (first.status, len(first.records)) == ("interrupted", half)
     torch.manual_seed(99)  # a new process starts from elsewhere
-    second = train(network("kaf-elu"), digits, recipe, directory=tmp_path / "parts", resume=True)
-    assert (second.status, len(second.records)) == ("finished", 4)
+    second = train(network("kaf-elu"), digits, config, directory=tmp_path / "parts", resume=True)
+    assert (second.status, len(second.records)) == ("finished", config.epochs)
     assert equal(whole.model, second.model)
     assert [r.loss for r in whole.records] == [r.loss for r in second.records]
     assert equal(load(tmp_path / "whole").model, load(tmp_path / "parts").model)
+    lines = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == list(range(1, config.epochs + 1))
 
 
 def test_it_learns_and_keeps_the_best_weights(whole: Dataset, tmp_path: Path) -> None:
     seen: list[EpochRecord] = []
-    result = train(network(hidden=32), whole, Recipe(epochs=15), directory=tmp_path, on_epoch=seen.append)
+    result = train(network(hidden=32), whole, TrainConfig(epochs=15), directory=tmp_path, on_epoch=seen.append)
     assert tuple(seen) == result.records
     assert accuracy(result.model, whole.test_x, whole.test_y) > 0.9
     best = max(record.score for record in seen)
@@ -85,19 +119,41 @@ def test_it_learns_and_keeps_the_best_weights(whole: Dataset, tmp_path: Path) ->
     saved = load(tmp_path)
     assert equal(saved.model, result.model)
     assert saved.meta["metrics"]["val_accuracy"] == best
-    assert saved.meta["recipe"]["epochs"] == 15
+    assert TrainConfig.from_dict(saved.meta["config"]) == TrainConfig(epochs=15)
+
+
+def test_an_average_is_what_is_validated_and_kept(digits: Dataset, tmp_path: Path) -> None:
+    config = TrainConfig(epochs=3, batch=50, optimizer=Optimizer(average=0.99))
+    averaged = train(network(), digits, config, directory=tmp_path)
+    plain = train(network(), digits, replace(config, optimizer=Optimizer()))
+    assert [r.loss for r in averaged.records] == [r.loss for r in plain.records]  # it takes no part in the descent
+    assert not equal(averaged.model, plain.model)
+    best = averaged.records[averaged.best_epoch - 1]
+    assert accuracy(load(tmp_path).model, digits.val_x, digits.val_y) == best.val_accuracy
 
 
 def test_adversarial_training_gains_robustness(whole: Dataset) -> None:
+    threat = Fast(radius=0.1).threat
     plain, fast = (
-        train(network("relu", hidden=64), whole, recipe).model
-        for recipe in (Recipe(epochs=20), Recipe(epochs=20, method="fast", radius=0.1))
+        train(network("relu", hidden=64), whole, TrainConfig(epochs=20, recipe=recipe)).model
+        for recipe in (Standard(), Fast(radius=0.1))
     )
-    judge = Recipe(method="fast", radius=0.1)
     x, y = whole.test_x, whole.test_y
-    before, after = (robust_accuracy(model, x, y, judge, classes=10) for model in (plain, fast))
+    before, after = (robust_accuracy(model, x, y, threat, classes=10) for model in (plain, fast))
     assert after > before + 0.1
     assert after <= accuracy(fast, x, y)
+
+
+@pytest.mark.parametrize("name", ["ibp", "sabr", "mtl-ibp"])
+def test_certified_training_gains_certificates(name: str, whole: Dataset) -> None:
+    recipe = RECIPES[name](radius=0.05, **({"alpha": 0.5} if name == "mtl-ibp" else {}))
+    result = train(network("relu", hidden=64), whole, TrainConfig(epochs=20, recipe=recipe))
+    plain = train(network("relu", hidden=64), whole, TrainConfig(epochs=20)).model
+    held = [certified_accuracy(m, whole.test_x, whole.test_y, recipe.threat, classes=10) for m in (plain, result.model)]
+    assert held[1] > held[0] + 0.4
+    last = result.records[-1]
+    assert last.val_certified is not None
+    assert last.val_certified <= last.val_robust <= last.val_accuracy
 
 
 def test_training_leaves_the_global_generator_alone(digits: Dataset) -> None:
@@ -105,18 +161,65 @@ def test_training_leaves_the_global_generator_alone(digits: Dataset) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    train(model, digits, Recipe(epochs=1, method="fast", radius=0.1))
+    train(model, digits, TrainConfig(epochs=1, recipe=Fast(radius=0.1)))
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_patience_stops_early(digits: Dataset) -> None:
-    result = train(network(), digits, Recipe(epochs=50, lr=0.0, patience=2, batch=300))
+    still = TrainConfig(epochs=50, batch=300, optimizer=Optimizer(lr=0.0), watch=Watch(patience=2))
     # Without learning every score ties, ties prefer the later epoch, and patience never runs out.
-    assert result.status == "finished"
-    worse = Recipe(epochs=50, lr=0.5, optimizer="sgd", patience=2)
+    assert train(network(), digits, still).status == "finished"
+    worse = TrainConfig(epochs=50, optimizer=Optimizer(name="sgd", lr=0.5), watch=Watch(patience=2))
     result = train(network("relu"), digits, worse)
     assert result.status == "stopped early"
     assert len(result.records) == result.best_epoch + 2
+
+
+def record(epoch: int, train_accuracy: float, robust: float | None) -> EpochRecord:
+    return EpochRecord(
+        epoch=epoch,
+        recipe="fast",
+        loss=1.0,
+        train_accuracy=train_accuracy,
+        val_accuracy=0.9,
+        val_robust=robust,
+        lr=0.1,
+        seconds=1.0,
+        images_per_second=1.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ((0.6, 0.5), (0.7, 0.1), True),
+        ((0.6, 0.5), (0.7, 0.4), False),  # a dip
+        ((0.6, 0.5), (0.3, 0.1), False),  # it got worse at its own attack too: divergence, not overfitting
+        ((0.6, None), (0.7, None), False),
+        ((0.2, 0.02), (0.3, 0.0), False),  # nothing learned yet
+    ],
+)
+def test_catastrophic_overfitting_is_told_from_a_dip(before: tuple, after: tuple, expected: bool) -> None:
+    assert overfits([record(1, *before), record(2, *after)]) is expected
+    assert not overfits([record(2, *after)])
+
+
+@pytest.mark.parametrize("answer", ["switch", "stop", "report"])
+def test_the_watch_answers_overfitting(
+    answer: str, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.training.loop.overfits", lambda records: len(records) == 2)
+    config = TrainConfig(epochs=4, batch=100, recipe=Fast(radius=0.05), watch=Watch(overfitting=answer))
+    result = train(network(), digits, config, directory=tmp_path / "one")
+    assert result.overfitted == (2,)
+    names = [r.recipe for r in result.records]
+    expected = {"switch": ["fast", "fast", "pgd", "pgd"], "stop": ["fast", "fast"], "report": ["fast"] * 4}
+    assert names == expected[answer]
+    assert result.status == ("overfitted" if answer == "stop" else "finished")
+    train(network(), digits, config, directory=tmp_path / "two", on_epoch=interrupt_after(2))
+    again = train(network(), digits, config, directory=tmp_path / "two", resume=True)
+    assert equal(result.model, again.model)
+    assert [r.recipe for r in again.records] == names
 
 
 def test_interrupted_before_the_first_epoch(digits: Dataset, tmp_path: Path) -> None:
@@ -128,43 +231,49 @@ def test_interrupted_before_the_first_epoch(digits: Dataset, tmp_path: Path) -> 
 
     model = mlp([64, 16, 10], "relu")
     model.append(Stop())
-    result = train(model, digits, Recipe(epochs=2), directory=tmp_path)
+    result = train(model, digits, TrainConfig(epochs=2), directory=tmp_path)
     assert (result.status, result.best_epoch, result.records) == ("interrupted", 0, ())
     assert not list(tmp_path.iterdir())
 
 
 def test_resume_refuses_another_run(digits: Dataset, tmp_path: Path) -> None:
-    recipe = Recipe(epochs=2)
+    config = TrainConfig(epochs=2)
     with pytest.raises(InvalidFile):
-        train(network(), digits, recipe, directory=tmp_path, resume=True)
-    train(network(), digits, recipe, directory=tmp_path)
+        train(network(), digits, config, directory=tmp_path, resume=True)
+    train(network(), digits, config, directory=tmp_path)
     other = replace(digits, train_y=digits.train_y.roll(1))
     for model, data, changed, word in (
-        (network(), digits, replace(recipe, lr=0.1), "lr changed"),
-        (network(), other, recipe, "labels changed"),
-        (mlp([64, 17, 10], "kaf-elu", mean=[0.3], std=[0.4]), digits, recipe, "shape"),
+        (network(), digits, replace(config, optimizer=Optimizer(lr=0.1)), "optimizer.lr changed"),
+        (network(), digits, replace(config, recipe=Fast(radius=0.1)), "recipe.name"),
+        (network(), other, config, "labels changed"),
+        (mlp([64, 17, 10], "kaf-elu", mean=[0.3], std=[0.4]), digits, config, "shape"),
     ):
         with pytest.raises(InvalidFile, match=word):
             train(model, data, changed, directory=tmp_path, resume=True)
     state = tmp_path / "resume.safetensors"
     state.write_bytes(state.read_bytes()[:-10])
     with pytest.raises(InvalidFile):
-        train(network(), digits, recipe, directory=tmp_path, resume=True)
+        train(network(), digits, config, directory=tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("recipe", list(RECIPES.values())[2:], ids=list(RECIPES)[2:])
-def test_training_inputs_lie_in_ball_and_range_and_raise_the_loss(recipe: Recipe, digits: Dataset) -> None:
-    model, (x, y) = network(), (digits.train_x[:100], digits.train_y[:100])
-    draw = torch.Generator().manual_seed(0)
-    z = training_inputs(model, x, y, recipe, classes=10, generator=draw)
-    distance = (z - x).double().flatten(1).norm(p=recipe.p, dim=1)
-    assert float(distance.max()) <= recipe.radius * (1 + 1e-6)
-    assert 0 <= float(z.min()) <= float(z.max()) <= 1
-    with torch.no_grad():
-        attacked, clean = (nn.functional.cross_entropy(model(inputs), y) for inputs in (z, x))
-    assert attacked > clean
-    assert all(p.grad is None for p in model.parameters())
-    assert not z.requires_grad
+def test_a_full_disk_is_told_in_three_lines_and_the_last_checkpoint_stays(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(epochs=3)
+    train(network(), digits, config, directory=tmp_path, on_epoch=interrupt_after(1))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InvalidFile, match="no space left") as error:
+        train(network(), digits, config, directory=tmp_path, resume=True)
+    assert len(str(error.value).splitlines()) == 3
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    monkeypatch.undo()
+    resumed = train(network(), digits, config, directory=tmp_path, resume=True)
+    assert equal(resumed.model, train(network(), digits, config).model)
 
 
 def test_kaf_parameters_see_no_weight_decay(digits: Dataset) -> None:
@@ -175,55 +284,58 @@ def test_kaf_parameters_see_no_weight_decay(digits: Dataset) -> None:
         model.linear2.bias.zero_()
     model.linear2.requires_grad_(False)
     alpha, weight = model.act1.alpha.detach().clone(), model.linear1.weight.detach().clone()
-    train(model, digits, Recipe(epochs=1, optimizer="sgd", weight_decay=0.1, lr=0.1))
+    train(model, digits, TrainConfig(epochs=1, optimizer=Optimizer(name="sgd", weight_decay=0.1, lr=0.1)))
     assert torch.equal(model.act1.alpha, alpha)
     assert not torch.equal(model.linear1.weight, weight)
     assert isinstance(model.act1, KAF)
 
 
-def test_one_cycle_rises_to_its_peak_and_falls_to_nearly_nothing() -> None:
-    shares = [one_cycle(step, 100) for step in range(100)]
-    peak = shares.index(1.0)
-    assert shares[: peak + 1] == sorted(shares[: peak + 1])
-    assert shares[peak:] == sorted(shares[peak:], reverse=True)
-    assert 0 < shares[-1] < 0.02
-    assert [one_cycle(0, 1)] == [1.0]
-
-
 def test_a_diverging_run_says_so(digits: Dataset) -> None:
     with pytest.raises(InvalidModel, match="loss became"):
-        train(network("relu"), digits, Recipe(epochs=3, optimizer="sgd", lr=1e30))
+        train(network("relu"), digits, TrainConfig(epochs=3, optimizer=Optimizer(name="sgd", lr=1e30)))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"epochs": 0},
-        {"batch": 0},
-        {"patience": 0},
-        {"lr": float("nan")},
-        {"radius": -0.1, "method": "fast"},
-        {"method": "fast"},
-        {"method": "slow"},
-        {"optimizer": "lbfgs"},
-        {"norm": "l3"},
-        {"device": "tpu"},
-        {"method": "fast", "norm": "l1", "radius": 1.0},
-    ],
-)
-def test_refuses_recipes_that_cannot_be_meant(options: dict) -> None:
-    with pytest.raises(InvalidInput) as error:
-        Recipe(**options)
-    assert len(str(error.value).splitlines()) <= 3
+def test_low_precision_trains_about_as_well(whole: Dataset) -> None:
+    low = TrainConfig.from_dict({"epochs": 5, "engine": {"precision": "bfloat16"}})
+    models = [train(network(hidden=32), whole, config).model for config in (low, TrainConfig(epochs=5))]
+    scores = [accuracy(model, whole.test_x, whole.test_y) for model in models]
+    assert abs(scores[0] - scores[1]) < 0.05
+    assert all(p.dtype == torch.float32 for p in models[0].parameters())
+
+
+def test_free_training_replays_every_batch(digits: Dataset) -> None:
+    config = TrainConfig(epochs=2, batch=100, recipe=Free(radius=0.05, replays=3))
+    result = train(network(), digits, config)
+    assert len(result.records) == 2
+    assert result.records[-1].loss < result.records[0].loss
+
+
+def test_the_range_finder_leaves_the_model_alone_and_stops_where_the_loss_explodes(whole: Dataset) -> None:
+    model = network("relu", hidden=32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = TrainConfig(optimizer=Optimizer(name="sgd"))
+    curve = find_rate(model, whole, config, low=1e-4, high=1e4, steps=80)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert curve.rates[-1] < 1e4
+    assert curve.rates[0] < curve.suggestion < curve.limit <= curve.rates[-1]
+    assert min(curve.losses) < curve.losses[0]
+    again = find_rate(model, whole, config, low=1e-4, high=1e4, steps=80)
+    assert again == curve
+    with pytest.raises(InvalidInput):
+        find_rate(model, whole, config, low=1.0, high=0.1)
 
 
 def test_refuses_networks_and_data_that_do_not_fit(digits: Dataset, tmp_path: Path) -> None:
     empty = replace(digits, train_x=digits.train_x[:0], train_y=digits.train_y[:0])
     with pytest.raises(InvalidInput, match="no training images"):
-        train(network(), empty, Recipe())
+        train(network(), empty, TrainConfig())
     with pytest.raises(InvalidInput, match="classes"):
-        train(mlp([64, 9]), digits, Recipe())
+        train(mlp([64, 9]), digits, TrainConfig())
     with pytest.raises(InvalidInput, match="architecture"):
-        train(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), digits, Recipe(), directory=tmp_path)
+        train(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), digits, TrainConfig(), directory=tmp_path)
     with pytest.raises(InvalidInput, match="directory"):
-        train(network(), digits, Recipe(), resume=True)
+        train(network(), digits, TrainConfig(), resume=True)
+
+
+def test_a_switched_run_trains_on_pgd() -> None:
+    assert PGDTraining(radius=0.1).threat == Fast(radius=0.1).threat

@@ -14,7 +14,9 @@ from certify.errors import InvalidFile
 from models.checkpoint import fill
 from models.data import Dataset
 from models.files import pack, read_bytes, unpack, write
-from models.recipe import EpochRecord, Recipe
+from models.training.average import Average
+from models.training.config import TrainConfig
+from models.training.records import EpochRecord
 
 FILE = "resume.safetensors"
 
@@ -26,9 +28,11 @@ class Progress:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     generator: torch.Generator
+    average: Average | None = None
     records: list[EpochRecord] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
     best_epoch: int = 0
+    overfitted: list[int] = field(default_factory=list)
 
     @property
     def epoch(self) -> int:
@@ -41,14 +45,14 @@ class Progress:
         return self.epoch - self.best_epoch
 
     def advance(self, record: EpochRecord) -> None:
-        """Count an epoch; its weights are kept unless an earlier epoch has a higher score."""
+        """Count an epoch; the model's present weights are kept unless an earlier epoch has a higher score."""
         self.records.append(record)
         if self.best_epoch == 0 or record.score >= self.records[self.best_epoch - 1].score:
             self.best_epoch = record.epoch
             self.best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
 
-def save_progress(directory: Path, progress: Progress, recipe: Recipe, data: Dataset) -> None:
+def save_progress(directory: Path, progress: Progress, config: TrainConfig, data: Dataset) -> None:
     """Write the state atomically. The learning rate is a function of the step and needs no state."""
     tensors = {
         **{f"model.{name}": value for name, value in progress.model.state_dict().items()},
@@ -57,34 +61,36 @@ def save_progress(directory: Path, progress: Progress, recipe: Recipe, data: Dat
         "rng.generator": progress.generator.get_state(),
         "rng.torch": torch.get_rng_state(),
     }
+    if progress.average is not None:
+        tensors |= {f"average.{name}": value for name, value in progress.average.tensors().items()}
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     header = {
-        "identity": _identity(recipe, data),
+        "identity": _identity(config, data),
         "records": [asdict(record) for record in progress.records],
         "best_epoch": progress.best_epoch,
+        "overfitted": progress.overfitted,
     }
     write({directory / FILE: pack(tensors, header)})
 
 
-def load_progress(directory: Path, progress: Progress, recipe: Recipe, data: Dataset) -> None:
+def load_progress(directory: Path, progress: Progress, config: TrainConfig, data: Dataset) -> None:
     """Bring ``progress`` to the state in ``directory``, torch's global generators included.
 
-    Raises ``InvalidFile`` if there is none, it is damaged, or it comes from another recipe, network or data
-    set.
+    Raises ``InvalidFile`` if there is none, it is damaged, or it comes from another config, network or data set.
     """
     path = directory / FILE
     tensors, header = unpack(path, read_bytes(path))
-    theirs, ours = header.get("identity"), _identity(recipe, data)
+    theirs, ours = header.get("identity"), _identity(config, data)
     if not isinstance(theirs, dict) or theirs != ours:
         known = theirs if isinstance(theirs, dict) else {}
         changed = [key for key in ours if known.get(key) != ours[key]]
         raise InvalidFile(
             f"{path} comes from another run: {', '.join(changed)} changed",
-            "the recipe and data that it was started with",
+            "the config and data that it was started with",
             "start anew without --resume",
         )
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "rng": {}}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "rng": {}, "average": {}}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = value
@@ -92,7 +98,10 @@ def load_progress(directory: Path, progress: Progress, recipe: Recipe, data: Dat
     try:
         progress.records = [EpochRecord(**record) for record in header["records"]]
         progress.best_epoch, progress.best = int(header["best_epoch"]), parts["best"]
+        progress.overfitted = [int(epoch) for epoch in header["overfitted"]]
         _restore_optimizer(progress.optimizer, parts["optimizer"])
+        if progress.average is not None:
+            progress.average.restore(parts["average"])
         progress.generator.set_state(parts["rng"]["generator"])
         torch.set_rng_state(parts["rng"]["torch"])
         if "cuda" in parts["rng"] and torch.cuda.is_available():
@@ -103,15 +112,22 @@ def load_progress(directory: Path, progress: Progress, recipe: Recipe, data: Dat
         ) from None
 
 
-def _identity(recipe: Recipe, data: Dataset) -> dict[str, Any]:
-    """What must be equal for a resume to be exact; the device may differ."""
+def _identity(config: TrainConfig, data: Dataset) -> dict[str, Any]:
+    """What must be equal for a resume to be exact, by dotted names; where it is computed may differ."""
     labels = hashlib.sha256(data.train_y.cpu().numpy().tobytes()).hexdigest()
-    own = {key: value for key, value in recipe.to_dict().items() if key != "device"}
+    own = {key: value for key, value in _flat(config.to_dict()).items() if not key.startswith("engine.")}
     return {**own, "data": data.name, "images": list(data.train_x.shape), "labels": labels}
 
 
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Flatten the per-parameter state; its settings come from the recipe."""
+    """Flatten the per-parameter state; its settings come from the config."""
     state = optimizer.state_dict()["state"]
     return {
         f"optimizer.{index}.{key}": value

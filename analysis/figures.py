@@ -1,0 +1,79 @@
+"""Pictures of results: drawn off screen, written atomically as SVG, PNG or PDF, the same bytes every time."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from certify.errors import InvalidInput
+from models.files import write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from models.training import RateCurve
+
+#: Colours that stay apart for colour-blind readers and in print (Okabe, Ito 2008).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+KINDS = ("svg", "png", "pdf")
+
+
+def figure(width: float = 6.0, height: float = 3.6, *, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """Return an empty figure (inches) and its axes, row by row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(made)
+    axes = made.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for place in axes:
+        place.spines[["top", "right"]].set_visible(False)
+        place.grid(alpha=0.25)
+        place.set_prop_cycle(color=COLOURS)
+    return made, axes
+
+
+def save(made: Figure, path: str | Path) -> Path:
+    """Write the figure in the format of the path's ending and return the path.
+
+    Raises ``InvalidInput`` for other endings than .svg, .png and .pdf, ``InvalidFile`` where it cannot be written.
+    """
+    import matplotlib as mpl
+
+    place = Path(path)
+    kind = place.suffix.removeprefix(".").lower()
+    check_kind(place)
+    stream = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "kafcert"}):
+        undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+        made.savefig(stream, format=kind, dpi=150, metadata=undated)
+    write({place: stream.getvalue()})
+    return place
+
+
+def check_kind(path: str | Path) -> None:
+    """Raise ``InvalidInput`` unless the path ends in a format that ``save`` writes."""
+    kind = Path(path).suffix.removeprefix(".").lower()
+    if kind not in KINDS:
+        raise InvalidInput(f"a picture named {path}", "an ending among .svg, .png and .pdf", f"{Path(path).stem}.svg")
+
+
+def rate_curve(curve: RateCurve) -> Figure:
+    """Return the loss against the learning rate, with the rates where it falls fastest and where it is least."""
+    made, (axes,) = figure()
+    axes.semilogx(curve.rates, curve.losses)
+    for rate, words, side in ((curve.suggestion, "falls fastest", "right"), (curve.limit, "least", "left")):
+        axes.axvline(rate, color="0.5", linestyle=":")
+        axes.annotate(
+            f"{words}\n{rate:.2g}",
+            (rate, max(curve.losses)),
+            ha=side,
+            va="top",
+            xytext=(-4 if side == "right" else 4, 0),
+            textcoords="offset points",
+        )
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("loss (smoothed)")
+    return made

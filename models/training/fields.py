@@ -1,0 +1,71 @@
+"""Plain data to frozen dataclasses and back to sense: names, types and ranges are checked, nothing is guessed."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from fractions import Fraction
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from certify.errors import InvalidInput, unknown_name
+
+T = TypeVar("T")
+
+
+def read(kind: type[T], given: Mapping[str, Any], *, where: str = "", **ready: Any) -> T:
+    """Return ``kind(**given)`` with its nested dataclasses made from nested mappings; ``ready`` fields are values.
+
+    Numbers may be fractions in words, "8/255". Raises ``InvalidInput`` for unknown names and wrong types.
+    """
+    hints = get_type_hints(kind)
+    names = [item.name for item in fields(kind) if item.init]  # type: ignore[arg-type]
+    values = dict(ready)
+    for key, value in given.items():
+        if key not in names or key in ready:
+            raise unknown_name(f"option of [{where}]" if where else "option", key, names)
+        values[key] = _value(hints[key], value, f"{where}.{key}" if where else key)
+    missing = [item.name for item in fields(kind) if _needed(item) and item.name not in values]  # type: ignore[arg-type]
+    if missing:
+        name = f"{where}.{missing[0]}" if where else missing[0]
+        raise InvalidInput(f"no {name}", f"a value for {name}", f"set {name} in the file, or --{missing[0]}")
+    return kind(**values)
+
+
+def between(name: str, value: float, low: float, high: float) -> None:
+    """Raise ``InvalidInput`` unless low <= value <= high and value is finite."""
+    if not (math.isfinite(value) and low <= value <= high):
+        wanted = f"at least {low:g}" if high == math.inf else f"a number from {low:g} to {high:g}"
+        raise InvalidInput(f"{name} = {value}", wanted, f"leave {name} out for its default")
+
+
+def known(kind: str, name: str, names: Iterable[str]) -> None:
+    """Raise ``InvalidInput`` unless ``name`` is one of ``names``."""
+    if name not in (listed := tuple(names)):
+        raise unknown_name(kind, name, listed)
+
+
+def _needed(item: Field[Any]) -> bool:
+    return item.init and item.default is MISSING and item.default_factory is MISSING
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    """The value as its field's type; integers are floats too, words may be fractions."""
+    kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in kinds:
+        if is_dataclass(kind) and isinstance(value, Mapping):
+            return read(kind, value, where=name)  # type: ignore[arg-type]
+        if kind is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
+            return _number(value, name)
+        if isinstance(kind, type) and type(value) is kind:
+            return value
+    words = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise InvalidInput(f"{name} = {value!r}", words, f"leave {name} out for its default")
+
+
+def _number(value: float | str, name: str) -> float:
+    try:
+        return float(Fraction(value)) if isinstance(value, str) else float(value)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise InvalidInput(f"{name} = {value!r}", "a number or a fraction", f'{name} = "8/255"') from None
