@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from analysis.summary import Summary
     from models.training import RateCurve
 
 #: Colours that stay apart for colour-blind readers and in print (Okabe, Ito 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "os^Dv*PX"
 KINDS = ("svg", "png", "pdf")
 
 
@@ -77,3 +80,35 @@ def rate_curve(curve: RateCurve) -> Figure:
     axes.set_xlabel("learning rate")
     axes.set_ylabel("loss (smoothed)")
     return made
+
+
+def accuracy_scatter(rows: Sequence[Summary], radius: str) -> Figure:
+    """Return clean against attacked accuracy, a point with its intervals per row: colours are activations."""
+    made, (axes,) = figure(7.5, 4.2)
+    names = list(dict.fromkeys(row.activation for row in rows))
+    groups = list(dict.fromkeys((row.network, row.recipe) for row in rows))
+    for row in rows:
+        if row.clean is None or not row.attacked:
+            continue
+        x, y = row.clean, row.attacked[0]
+        axes.errorbar(
+            100 * x.value,
+            100 * y.value,
+            xerr=[[100 * (x.value - x.low)], [100 * (x.high - x.value)]],
+            yerr=[[100 * (y.value - y.low)], [100 * (y.high - y.value)]],
+            color=_turn(COLOURS, names.index(row.activation)),
+            marker=_turn(MARKERS, groups.index((row.network, row.recipe))),
+            linestyle="none",
+            elinewidth=0.6,
+        )
+    axes.set_xlabel("clean accuracy, %")
+    axes.set_ylabel(f"accuracy under attack at {radius}, %")
+    marks = [axes.plot([], [], "s", color=_turn(COLOURS, i), linestyle="none")[0] for i in range(len(names))]
+    marks += [axes.plot([], [], color="0.3", marker=_turn(MARKERS, i), linestyle="none")[0] for i in range(len(groups))]
+    made.legend(marks, [*names, *(", ".join(group) for group in groups)], loc="outside right upper", frameon=False)
+    return made
+
+
+def _turn(items: Sequence[str], index: int) -> str:
+    """The item of that number, counted around."""
+    return items[index % len(items)]

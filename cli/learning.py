@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -186,8 +187,7 @@ def config_of(options: RunOptions, found: Dataset, seed: int | None) -> TrainCon
     from models.training.config import TrainConfig, load_toml
 
     tables = load_toml(options.config) if options.config else {}
-    for text in options.set or ():
-        _put(tables, *_assignment(text))
+    assignments(options.set or (), tables)
     for name, value in vars(options).items():
         if name not in ("config", "set") and value is not None:
             _put(tables, PLACES.get(name, name), value)
@@ -195,6 +195,14 @@ def config_of(options: RunOptions, found: Dataset, seed: int | None) -> TrainCon
         tables["seed"] = seed
     tables.setdefault("epochs", FEW_EPOCHS if len(found.train_x) > LARGE else MANY_EPOCHS)
     return TrainConfig.from_dict(tables)
+
+
+def assignments(texts: Iterable[str], tables: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return ``tables`` (none by default) with every KEY=VALUE put where its dotted key says."""
+    tables = {} if tables is None else tables
+    for text in texts:
+        _put(tables, *_assignment(text))
+    return tables
 
 
 def _assignment(text: str) -> tuple[str, Any]:

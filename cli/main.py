@@ -15,6 +15,7 @@ from cli.complaints import complain
 from cli.demo import demo
 from cli.learning import train
 from cli.rates import lr_find
+from cli.sweeping import sweep
 
 app = typer.Typer(
     name="certify",
@@ -25,8 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_COMMANDS = (demo, train, lr_find, questions.report, questions.bounds, questions.attack, questions.lipschitz, ops)
-for _command in _COMMANDS:
+_ASKING = (questions.report, questions.bounds, questions.attack, questions.lipschitz)
+for _command in (demo, train, lr_find, sweep, *_ASKING, ops):
     app.command(_command.__name__.replace("_", "-"))(bundled(at_home(_command)))
 
 

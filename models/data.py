@@ -53,12 +53,12 @@ def load(name: str, *, data_dir: str | Path | None = None, download: bool = Fals
     ``data_dir`` is torchvision's root folder; nothing is fetched unless ``download``. An .npz file holds
     ``images`` (floats in [0, 1]) or ``images_u8`` (0..255), [n, C, H, W] or [n, features], and ``labels``
     [n]: its test split; optionally ``train_images`` (or ``train_images_u8``) and ``train_labels``, and
-    ``classes``.
+    ``classes``. ``npz:TRAIN,TEST`` takes the training images from a file of their own, as ``images`` there.
 
     Raises ``InvalidInput`` for unknown names, ``InvalidFile`` for absent or damaged data.
     """
     if name.startswith("npz:"):
-        return _load_npz(Path(name.removeprefix("npz:")))
+        return _load_npz(*_npz_paths(name.removeprefix("npz:")))
     if name == "digits":
         return _load_digits()
     if name in TORCHVISION:
@@ -143,11 +143,20 @@ def _statistics(x: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def _load_npz(path: Path) -> Dataset:
+def _npz_paths(words: str) -> tuple[Path, ...]:
+    """The file of the test images, and that of the training images if there is one; a name may hold commas itself."""
+    first, comma, second = words.partition(",")
+    return (Path(words),) if not comma or Path(words).exists() else (Path(second), Path(first))
+
+
+def _load_npz(path: Path, training: Path | None = None) -> Dataset:
     arrays = _read_npz(path)
     test = _labelled(path, arrays, "")
-    has_train = "train_labels" in arrays
-    train = _labelled(path, arrays, "train_") if has_train else (test[0][:0], test[1][:0])
+    has_train = training is not None or "train_labels" in arrays
+    if training is not None:
+        train = _labelled(training, _read_npz(training), "")
+    else:
+        train = _labelled(path, arrays, "train_") if has_train else (test[0][:0], test[1][:0])
     classes = max(2, 1 + int(max(labels.max() for _, labels in (train, test) if len(labels))))
     if "classes" in arrays:
         if arrays["classes"].size != 1 or int(arrays["classes"].item()) < classes:
@@ -155,7 +164,7 @@ def _load_npz(path: Path) -> Dataset:
         classes = int(arrays["classes"].item())
     if train[0].shape[1:] != test[0].shape[1:]:
         raise _bad(path, "train and test images of different shapes", "one shape")
-    name = f"npz:{path}"
+    name = f"npz:{path}" if training is None else f"npz:{training},{path}"
     if not has_train:
         return Dataset(name, *train, *train, *test, classes, (0.0,), (1.0,))
     return _with_validation(name, train, test, classes=classes, held_out=max(1, len(train[0]) // 10))

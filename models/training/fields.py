@@ -7,7 +7,7 @@ import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from fractions import Fraction
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from certify.errors import InvalidInput, unknown_name
 
@@ -46,6 +46,10 @@ def known(kind: str, name: str, names: Iterable[str]) -> None:
         raise unknown_name(kind, name, listed)
 
 
+def _words(kind: Any) -> str:
+    return {tuple: "a list", dict: "a table"}.get(get_origin(kind), getattr(kind, "__name__", str(kind)))
+
+
 def _needed(item: Field[Any]) -> bool:
     return item.init and item.default is MISSING and item.default_factory is MISSING
 
@@ -54,13 +58,19 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     """The value as its field's type; integers are floats too, words may be fractions."""
     kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for kind in kinds:
+        if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+            return tuple(_value(get_args(kind)[0], item, name) for item in value)
+        if get_origin(kind) is dict and isinstance(value, Mapping):
+            return {str(key): _value(get_args(kind)[1], item, f"{name}.{key}") for key, item in value.items()}
+        if kind is Any:
+            return value
         if is_dataclass(kind) and isinstance(value, Mapping):
             return read(kind, value, where=name)  # type: ignore[arg-type]
         if kind is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
             return _number(value, name)
         if isinstance(kind, type) and type(value) is kind:
             return value
-    words = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+    words = " or ".join("nothing" if kind is type(None) else _words(kind) for kind in kinds)
     raise InvalidInput(f"{name} = {value!r}", words, f"leave {name} out for its default")
 
 

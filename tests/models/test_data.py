@@ -153,3 +153,16 @@ def test_subsets_are_random_seeded_and_know_their_places() -> None:
     for n in (0, 451):
         with pytest.raises(InvalidInput):
             subset(data.test_x, data.test_y, n, 0)
+
+
+def test_training_images_may_come_from_a_file_of_their_own(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, n in (("train", 30), ("test", 12), ("a,b", 5)):
+        np.savez(tmp_path / f"{name}.npz", images=rng.random((n, 1, 4, 4)), labels=np.arange(n) % 3)
+    data = load(f"npz:{tmp_path / 'train.npz'},{tmp_path / 'test.npz'}")
+    check(data)
+    assert (len(data.train_x), len(data.val_x), len(data.test_x)) == (27, 3, 12)
+    assert load(data.name).name == data.name
+    assert len(load(f"npz:{tmp_path / 'a,b.npz'}").test_x) == 5
+    with pytest.raises(InvalidFile, match=r"absent\.npz"):
+        load(f"npz:{tmp_path / 'absent.npz'},{tmp_path / 'test.npz'}")
