@@ -1,8 +1,8 @@
 """The things questioned: networks with ReLU, smooth or trainable activations, their data and training."""
 
-from models.kaf import KAF
+from models.kaf import KAF, fuse
 from models.kaf_facts import KAFFacts
 from models.networks import cnn, mlp
 from models.penalties import curvature_penalty, slope_penalty
 
-__all__ = ["KAF", "KAFFacts", "cnn", "curvature_penalty", "mlp", "slope_penalty"]
+__all__ = ["KAF", "KAFFacts", "cnn", "curvature_penalty", "fuse", "mlp", "slope_penalty"]

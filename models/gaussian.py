@@ -49,8 +49,9 @@ class _GaussianSum(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        pull_back = _pull_back_graph if torch.is_grad_enabled() else _pull_back
-        return pull_back(grads[0], *ctx.saved_tensors, needed=ctx.needs_input_grad)
+        if torch.is_grad_enabled():
+            return pull_back_graph(grads[0], *ctx.saved_tensors)
+        return _pull_back(grads[0], *ctx.saved_tensors, needed=ctx.needs_input_grad)
 
 
 def _pull_back(
@@ -80,15 +81,7 @@ def _pull_back(
     )
 
 
-def _pull_back_graph(
-    grad: Tensor,
-    x: Tensor,
-    alpha: Tensor,
-    dictionary: Tensor,
-    gamma: Tensor,
-    *,
-    needed: tuple[bool, ...],  # noqa: ARG001 - the twin of _pull_back; unused gradients cost nothing here
-) -> tuple[Tensor, ...]:
+def pull_back_graph(grad: Tensor, x: Tensor, alpha: Tensor, dictionary: Tensor, gamma: Tensor) -> tuple[Tensor, ...]:
     """Return the same four gradients from differentiable operations, for double backward."""
     distance = x - dictionary.view(-1, 1, 1, 1)
     kernel = grad * torch.exp(-gamma * distance.square())

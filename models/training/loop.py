@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from certify.errors import InvalidInput, InvalidModel
 from models import checkpoint
 from models.data import Dataset, subset
+from models.kaf import fuse
 from models.networks import Network
 from models.training.adversarial import PGDTraining
 from models.training.augment import augmented
@@ -102,7 +103,9 @@ class Run:
         average = None if decay is None else Average(model, decay)
         self.progress = Progress(model, optimizer, torch.Generator().manual_seed(config.seed), average)
         self.steps_per_epoch = -(-len(self.train[0]) // config.batch)
-        if config.engine.compile == "model":
+        if config.engine.compile == "kaf":
+            fuse(model)
+        elif config.engine.compile == "model":
             model.compile()
 
     @property

@@ -35,6 +35,19 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def growth_mb(run: Callable[[], Any]) -> float:
+    """Peak resident memory during ``run`` above what was resident before it, in MB (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of what came before, as of a compiler
+    before = _status("VmRSS")
+    run()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
 def cpu_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
     """Median CPU seconds of ``run`` after one warm-up."""
     run()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import certify
 from certify.errors import InvalidFile, InvalidInput, InvalidModel
 from models import KAF, mlp
 from models.checkpoint import load
@@ -301,6 +302,19 @@ def test_low_precision_trains_about_as_well(whole: Dataset) -> None:
     scores = [accuracy(model, whole.test_x, whole.test_y) for model in models]
     assert abs(scores[0] - scores[1]) < 0.05
     assert all(p.dtype == torch.float32 for p in models[0].parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own; without one, ours
+@pytest.mark.parametrize("mode", ["kaf", "model"])
+def test_compiled_training_follows_the_same_curve(mode: str, digits: Dataset) -> None:
+    config = TrainConfig.from_dict({"epochs": 2, "batch": 100, "recipe": {"name": "fast", "radius": 0.05}})
+    compiled = TrainConfig.from_dict(config.to_dict() | {"engine": {"compile": mode}})
+    runs = [train(network(), digits, each) for each in (config, compiled)]
+    losses = [[record.loss for record in run.records] for run in runs]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    domain = Fast(radius=0.05).threat.ball(digits.test_x[:5])
+    assert len(certify.prove(runs[1].model, domain, certify.class_margins(digits.test_y[:5], 10)).verdicts) == 5
 
 
 def test_free_training_replays_every_batch(digits: Dataset) -> None:
