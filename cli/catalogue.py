@@ -12,7 +12,7 @@ def ops(output: OutputOptions) -> None:
     from certify import registry
     from cli import output as out
     from cli.theme import table
-    from models import data, networks
+    from models import activations, data, networks
     from models.training import RECIPES
 
     console = out.console(output.json)
@@ -23,7 +23,7 @@ def ops(output: OutputOptions) -> None:
         "attacks": sorted(registry.ATTACKS),
         "Lipschitz estimators": sorted(registry.ESTIMATORS),
         "networks to train": sorted(networks.NETWORKS),
-        "activations to train": sorted(networks.ACTIVATIONS),
+        "activations to train": sorted(activations.ACTIVATIONS),
         "training recipes": sorted(RECIPES),
         "data sets": ["digits", *data.TORCHVISION, "npz:PATH"],
     }

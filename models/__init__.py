@@ -1,5 +1,6 @@
 """The things questioned: networks with ReLU, smooth or trainable activations, their data and training."""
 
+from models import resnet, vgg  # noqa: F401  # register their networks
 from models.kaf import KAF, fuse
 from models.kaf_facts import KAFFacts
 from models.networks import cnn, mlp

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,34 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from certify.errors import InvalidInput, unknown_name
-from models.kaf import KAF, TARGETS
-
-#: Makes the activation of a layer from its number of neurons or channels.
-Factory = Callable[[int], nn.Module]
-
-
-def _plain(module: type[nn.Module]) -> Factory:
-    return lambda _: module()
-
-
-ACTIVATIONS: dict[str, Factory] = {
-    "relu": _plain(nn.ReLU),
-    "leaky_relu": _plain(nn.LeakyReLU),
-    "prelu": nn.PReLU,
-    "relu6": _plain(nn.ReLU6),
-    "hardtanh": _plain(nn.Hardtanh),
-    "sigmoid": _plain(nn.Sigmoid),
-    "tanh": _plain(nn.Tanh),
-    "elu": _plain(nn.ELU),
-    "silu": _plain(nn.SiLU),
-    "gelu": _plain(nn.GELU),
-    "softplus": _plain(nn.Softplus),
-    "kaf": KAF,
-    **{f"kaf-{name}": partial(KAF, init=name) for name in TARGETS},
-    "kaf-free": partial(KAF, trainable=True),
-    "relu+kaf": lambda channels: KAF(channels, init=torch.zeros_like, base=nn.ReLU()),
-    "silu+kaf": lambda channels: KAF(channels, init=torch.zeros_like, base=nn.SiLU()),
-}
+from models.activations import Factory, factory
 
 
 class Normalize(nn.Module):
@@ -87,6 +59,7 @@ def mlp(
     sizes: Sequence[int],
     activation: str | Factory = "relu",
     *,
+    init: str = "default",
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
 ) -> Network:
@@ -95,12 +68,13 @@ def mlp(
     ``sizes`` is (features, hidden, ..., classes). ``mean`` and ``std`` belong to image channels and are left
     out where empty. Raises ``InvalidInput`` for fewer than two sizes or an unknown activation.
     """
-    _check_sizes("sizes", sizes, len(sizes) >= 2)
-    make = _factory(activation)
-    layers = _head(mean, std, dims=2)
+    check_sizes("sizes", sizes, len(sizes) >= 2)
+    make = factory(activation)
+    layers = head(mean, std, dims=2)
     layers["flatten"] = nn.Flatten()
     _dense(layers, sizes, make)
-    return Network(layers, _describe("mlp", activation, sizes=list(sizes), mean=list(mean), std=list(std)))
+    described = describe("mlp", activation, sizes=list(sizes), mean=list(mean), std=list(std), **_unless_default(init))
+    return initialised(Network(layers, described), init)
 
 
 def cnn(
@@ -109,6 +83,7 @@ def cnn(
     activation: str | Factory = "relu",
     *,
     width: int = 16,
+    init: str = "default",
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
 ) -> Network:
@@ -118,30 +93,81 @@ def cnn(
     layer has 100 neurons. Stride takes the place of max-pooling, which is harder to bound. Raises
     ``InvalidInput`` for images under 4x4, or an unknown activation.
     """
-    _check_sizes("input_shape", input_shape, len(input_shape) == 3 and min(input_shape[1:]) >= 4)
-    _check_sizes("classes and width", (classes, width), True)
-    make = _factory(activation)
+    check_sizes("input_shape", input_shape, len(input_shape) == 3 and min(input_shape[1:]) >= 4)
+    check_sizes("classes and width", (classes, width), True)
+    make = factory(activation)
     channels, height, side = input_shape
-    layers = _head(mean, std, dims=2)
+    layers = head(mean, std, dims=2)
     for index, (before, after) in enumerate([(channels, width), (width, 2 * width)], 1):
         layers[f"conv{index}"] = nn.Conv2d(before, after, 4, stride=2, padding=1)
         layers[f"act{index}"] = make(after)
         height, side = height // 2, side // 2
     layers["flatten"] = nn.Flatten()
     _dense(layers, (2 * width * height * side, 100, classes), make, first_act=3)
-    architecture = _describe(
-        "cnn",
-        activation,
-        input_shape=list(input_shape),
-        classes=classes,
-        width=width,
-        mean=list(mean),
-        std=list(std),
-    )
-    return Network(layers, architecture)
+    options = {"width": width, "mean": list(mean), "std": list(std), **_unless_default(init)}
+    described = describe("cnn", activation, input_shape=list(input_shape), classes=classes, **options)
+    return initialised(Network(layers, described), init)
 
 
-NETWORKS: dict[str, Callable[..., Network]] = {"mlp": mlp, "cnn": cnn}
+def cnn7(
+    input_shape: Sequence[int],
+    classes: int,
+    activation: str | Factory = "relu",
+    *,
+    width: int = 64,
+    batchnorm: bool = True,
+    init: str = "default",
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+) -> Network:
+    """Return five 3x3 convolutions and two dense layers: [batch, *input_shape] to [batch, classes].
+
+    ``width``, ``width`` and three times 2 ``width`` channels, the third with stride 2; 8 ``width`` hidden neurons;
+    batch normalisation before every activation unless ``batchnorm`` is False. The network of the certified-training
+    literature: Shi et al., "Fast certified robust training with short warmup" (2021).
+    """
+    check_sizes("input_shape", input_shape, len(input_shape) == 3 and min(input_shape[1:]) >= 2)
+    check_sizes("classes and width", (classes, width), True)
+    make, layers = factory(activation), head(mean, std, dims=2)
+    channels, (height, side) = input_shape[0], input_shape[1:]
+    for index, (after, stride) in enumerate(((1, 1), (1, 1), (2, 2), (2, 1), (2, 1)), 1):
+        layers[f"conv{index}"] = nn.Conv2d(channels, width * after, 3, stride=stride, padding=1)
+        channels = width * after
+        if batchnorm:
+            layers[f"norm{index}"] = nn.BatchNorm2d(channels)
+        layers[f"act{index}"] = make(channels)
+    layers["flatten"] = nn.Flatten()
+    layers["linear1"] = nn.Linear(channels * -(-height // 2) * -(-side // 2), 8 * width)
+    if batchnorm:
+        layers["norm6"] = nn.BatchNorm1d(8 * width)
+    layers["act6"] = make(8 * width)
+    layers["linear2"] = nn.Linear(8 * width, classes)
+    options = {"width": width, "batchnorm": batchnorm, "init": init, "mean": list(mean), "std": list(std)}
+    described = describe("cnn7", activation, input_shape=list(input_shape), classes=classes, **options)
+    return initialised(Network(layers, described), init)
+
+
+def initialised(network: Network, init: str) -> Network:
+    """Return the network with weights drawn anew: "default" (torch's), "he-uniform" or "orthogonal", biases 0.
+
+    References: He et al., "Delving deep into rectifiers" (2015); Saxe, McClelland, Ganguli (2014), with gain sqrt(2).
+    """
+    if init not in INITS:
+        raise unknown_name("init", init, INITS)
+    for module in network.modules():
+        if init != "default" and isinstance(module, (nn.Conv2d, nn.Linear)):
+            if init == "he-uniform":
+                nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
+            else:
+                nn.init.orthogonal_(module.weight, math.sqrt(2))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return network
+
+
+INITS = ("default", "he-uniform", "orthogonal")
+
+NETWORKS: dict[str, Callable[..., Network]] = {"mlp": mlp, "cnn": cnn, "cnn7": cnn7}
 
 
 def architecture(
@@ -185,7 +211,8 @@ def build(architecture: dict[str, Any], *, seed: int | None = None) -> Network:
             ) from None
 
 
-def _head(mean: Sequence[float], std: Sequence[float], dims: int) -> OrderedDict[str, nn.Module]:
+def head(mean: Sequence[float], std: Sequence[float], dims: int) -> OrderedDict[str, nn.Module]:
+    """Return the first layers of a network: the normalisation, if there is one."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if len(mean) or len(std):
         layers["normalize"] = Normalize(mean, std, dims)
@@ -200,19 +227,18 @@ def _dense(layers: OrderedDict[str, nn.Module], sizes: Sequence[int], make: Fact
             layers[f"act{first_act + index - 1}"] = make(after)
 
 
-def _describe(network: str, activation: str | Factory, **options: Any) -> dict[str, Any] | None:
+def _unless_default(init: str) -> dict[str, str]:
+    """The option, left out where it says nothing: checkpoints of earlier versions have none."""
+    return {} if init == "default" else {"init": init}
+
+
+def describe(network: str, activation: str | Factory, **options: Any) -> dict[str, Any] | None:
+    """Return the architecture that ``build`` turns back into the network; None for an activation without a name."""
     return {"network": network, **options, "activation": activation} if isinstance(activation, str) else None
 
 
-def _factory(activation: str | Factory) -> Factory:
-    if callable(activation):
-        return activation
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise unknown_name("activation", activation, ACTIVATIONS)
-    return ACTIVATIONS[activation]
-
-
-def _check_sizes(name: str, sizes: Sequence[int], valid: bool) -> None:
+def check_sizes(name: str, sizes: Sequence[int], valid: bool) -> None:
+    """Raise ``InvalidInput`` unless ``valid`` and all sizes are positive integers."""
     if not valid or not all(isinstance(size, int) and size >= 1 for size in sizes):
         raise InvalidInput(
             f"{name} {tuple(sizes)}",

@@ -235,3 +235,19 @@ class Clamp(PiecewiseLinear):
         """Only the limits round: a clamp at 0.1 returns the float nearest to 0.1."""
         error = unit_roundoff(z.lower.dtype) * max(abs(kink) for kink in self.kinks)
         return torch.full_like(z.lower, error)
+
+
+@register_activation(nn.Hardsigmoid, F.hardsigmoid)
+class Hardsigmoid(PiecewiseLinear):
+    """min(max(x + 3, 0), 6) / 6."""
+
+    @classmethod
+    def from_call(cls, call: Call) -> Hardsigmoid:
+        return cls((-3.0, 3.0), (0.0, 1 / 6, 0.0))
+
+    @classmethod
+    def examples(cls) -> list[tuple[Activation, int]]:
+        return [(cls((-3.0, 3.0), (0.0, 1 / 6, 0.0)), 1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.hardsigmoid(x)

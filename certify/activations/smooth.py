@@ -347,3 +347,47 @@ class GELU(ClosedForm):
 
 def _normal(s: Tensor) -> Tensor:
     return torch.exp(-s.square() / 2) / math.sqrt(2 * math.pi)
+
+
+@dataclass(frozen=True)
+class _Parabola(Formula):
+    """x clamp(x + 3, 0, 6) / 6: f'' is 1/3 between the breakpoints and 0 outside.
+
+    At a breakpoint f'' is the inner one, 1/3 too much for the cell outside it, where q^2/8 (8/3 / q^2) returns it.
+    """
+
+    def fourth(self, lower: Tensor, upper: Tensor) -> Tensor:
+        outside = (lower == self.breakpoints[1]) | (upper == self.breakpoints[0])
+        return torch.where(outside, 8 / 3 / (upper - lower).clamp(min=1e-150).square(), 0.0)
+
+
+@register_activation(nn.Hardswish, F.hardswish)
+class Hardswish(ClosedForm):
+    """x clamp(x + 3, 0, 6) / 6; its slope jumps from 0 to -1/2 at -3 and from 3/2 to 1 at 3."""
+
+    extrema = (-1.5,)
+    inflections = (-3.0, 3.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.hardswish(x)
+
+    def formula(self) -> Formula:
+        inner = (-3.0, 3.0)
+        return _Parabola(
+            lambda s: s * (s + 3).clamp(0, 6) / 6,
+            lambda s: torch.where(s > 3, 1.0, torch.where(s < -3, 0.0, (2 * s + 3) / 6)),
+            lambda s: torch.where(s.abs() > 3, 0.0, 1 / 3).to(s.dtype),
+            lambda r, _: torch.zeros_like(r),
+            inner,
+        )
+
+    def slope_range(self, z: Interval) -> Interval:
+        """Both slopes at a breakpoint that z touches."""
+        found = super().slope_range(z)
+        zero, one = torch.zeros_like(z.lower), torch.ones_like(z.lower)
+        lower = torch.where((z.lower <= -3) & (z.upper >= -3), torch.minimum(found.lower, zero), found.lower)
+        upper = torch.where((z.lower <= -3) & (z.upper >= -3), torch.maximum(found.upper, zero), found.upper)
+        right = (z.lower <= 3) & (z.upper >= 3)
+        return Interval(
+            torch.where(right, torch.minimum(lower, one), lower), torch.where(right, torch.maximum(upper, one), upper)
+        )

@@ -1,0 +1,56 @@
+"""Activations by name: what networks are built with, from a number of neurons or channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from certify.errors import unknown_name
+from models.kaf import KAF, TARGETS
+from models.kwta import KWTA
+from models.pssilu import PSSiLU
+
+#: Makes the activation of a layer from its number of neurons or channels.
+Factory = Callable[[int], nn.Module]
+
+
+def _plain(module: type[nn.Module]) -> Factory:
+    return lambda _: module()
+
+
+ACTIVATIONS: dict[str, Factory] = {
+    "relu": _plain(nn.ReLU),
+    "leaky_relu": _plain(nn.LeakyReLU),
+    "prelu": nn.PReLU,
+    "relu6": _plain(nn.ReLU6),
+    "hardtanh": _plain(nn.Hardtanh),
+    "hardsigmoid": _plain(nn.Hardsigmoid),
+    "hardswish": _plain(nn.Hardswish),
+    "sigmoid": _plain(nn.Sigmoid),
+    "tanh": _plain(nn.Tanh),
+    "elu": _plain(nn.ELU),
+    "silu": _plain(nn.SiLU),
+    "swish": _plain(nn.SiLU),
+    "pssilu": _plain(PSSiLU),
+    "gelu": _plain(nn.GELU),
+    "softplus": _plain(nn.Softplus),
+    "kwta": _plain(KWTA),
+    "kaf": KAF,
+    **{f"kaf-{name}": partial(KAF, init=name) for name in TARGETS},
+    "kaf-swish": partial(KAF, init="silu"),
+    "kaf-free": partial(KAF, trainable=True),
+    "relu+kaf": lambda channels: KAF(channels, init=torch.zeros_like, base=nn.ReLU()),
+    "silu+kaf": lambda channels: KAF(channels, init=torch.zeros_like, base=nn.SiLU()),
+}
+
+
+def factory(activation: str | Factory) -> Factory:
+    """Return the factory of that name, or the one given. Raises ``InvalidInput`` for unknown names."""
+    if callable(activation):
+        return activation
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise unknown_name("activation", activation, ACTIVATIONS)
+    return ACTIVATIONS[activation]
