@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from certify.errors import InvalidInput
 from models.files import write
@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from analysis.diagnosis import Diagnosis, Histogram, Shape
     from analysis.summary import Summary
     from models.training import RateCurve
 
 #: Colours that stay apart for colour-blind readers and in print (Okabe, Ito 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^Dv*PX"
+#: Functions drawn of a layer, at most.
+CURVES = 64
 KINDS = ("svg", "png", "pdf")
 
 
@@ -107,6 +110,65 @@ def accuracy_scatter(rows: Sequence[Summary], radius: str) -> Figure:
     marks += [axes.plot([], [], color="0.3", marker=_turn(MARKERS, i), linestyle="none")[0] for i in range(len(groups))]
     made.legend(marks, [*names, *(", ".join(group) for group in groups)], loc="outside right upper", frameon=False)
     return made
+
+
+def gradients(found: Diagnosis, log: Sequence[Mapping[str, Any]]) -> Figure:
+    """Return gradient norms by layer, at the start and now; beside them, if there is a log, by epoch."""
+    grown = [line["gradients"] for line in log if line.get("gradients")]
+    made, axes = figure(8.0 if grown else 6.0, 3.6, columns=2 if grown else 1)
+    for norms, words in ((found.start, "at the start"), (found.now, "now")):
+        if words == "at the start" or found.now != found.start:
+            axes[0].semilogy(range(1, len(norms) + 1), [max(v, 1e-30) for v in norms.values()], ".-", label=words)
+    axes[0].set_xticks(range(1, len(found.start) + 1, max(1, len(found.start) // 8)))
+    axes[0].set_xlabel("layer")
+    axes[0].set_ylabel("gradient norm")
+    axes[0].legend(frameon=False)
+    if grown:
+        names = list(grown[0])
+        for place in sorted({0, len(names) // 2, len(names) - 1}):
+            values = [max(norms[names[place]], 1e-30) for norms in grown]
+            axes[1].semilogy(range(1, len(grown) + 1), values, ".-", label=names[place])
+        axes[1].set_xlabel("epoch")
+        axes[1].legend(frameon=False)
+    return made
+
+
+def histograms(found: Sequence[Histogram]) -> Figure:
+    """Return the pre-activations of every layer, clean and attacked."""
+    columns = min(4, len(found))
+    rows = -(-len(found) // columns)
+    made, axes = figure(2.6 * columns, 2.0 * rows, rows=rows, columns=columns)
+    for place, histogram in zip(axes, found, strict=False):
+        place.stairs(histogram.clean, histogram.edges, label="clean")
+        place.stairs(histogram.attacked, histogram.edges, label="attacked")
+        place.set_title(histogram.layer, fontsize=8)
+        place.set_yticks([])
+        place.tick_params(labelsize=7)
+    _blank(axes[len(found) :])
+    handles, labels = axes[0].get_legend_handles_labels()
+    made.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
+    return made
+
+
+def shapes(found: Sequence[Shape]) -> Figure:
+    """Return the learned functions of every KAF layer: all channels thin, their mean thick."""
+    columns = min(4, len(found))
+    rows = -(-len(found) // columns)
+    made, axes = figure(2.6 * columns, 2.0 * rows, rows=rows, columns=columns)
+    for place, shape in zip(axes, found, strict=False):
+        for values in shape.values[:CURVES]:
+            place.plot(shape.places, values, color=COLOURS[0], alpha=0.25, linewidth=0.6)
+        mean = [sum(column) / len(shape.values) for column in zip(*shape.values, strict=True)]
+        place.plot(shape.places, mean, color=COLOURS[1], linewidth=1.5)
+        place.set_title(f"{shape.layer}: f' in [{shape.slope[0]:.2g}, {shape.slope[1]:.2g}]", fontsize=8)
+        place.tick_params(labelsize=7)
+    _blank(axes[len(found) :])
+    return made
+
+
+def _blank(axes: Sequence[Axes]) -> None:
+    for place in axes:
+        place.set_visible(False)
 
 
 def _turn(items: Sequence[str], index: int) -> str:

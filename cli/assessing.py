@@ -13,11 +13,10 @@ from rich.markup import escape
 from analysis.evaluation import Protocol, evaluate
 from analysis.layers import layer_sensitivity
 from analysis.records import NetworkReport, Sensitivity
-from certify.errors import InvalidInput
 from cli import render, theme, words
 from cli.options import AttackOptions, BallOptions, BoundOptions, LayerOptions
 from cli.output import progress
-from cli.parsing import attack_of, exponent, items, radii
+from cli.parsing import attack_of, exponent, items, radii, single
 from cli.subjects import Samples, Subject, inputs
 
 
@@ -48,9 +47,8 @@ def protocol_of(
 def plan_of(options: LayerOptions, protocol: Protocol) -> LayerPlan:
     """Return how the layers are measured."""
     given = protocol.radii[:1] if options.layer_radius is None else radii(options.layer_radius)
-    if len(given) != 1:
-        raise InvalidInput(f"--layer-radius {options.layer_radius}", "one radius", "--layer-radius 2/255")
-    return LayerPlan(given[0], options.layer_samples) if options.layers else LayerPlan(None, 0)
+    radius = single(given, "layer-radius")
+    return LayerPlan(radius, options.layer_samples) if options.layers else LayerPlan(None, 0)
 
 
 def assess(network: Subject, given: Samples, protocol: Protocol, plan: LayerPlan) -> NetworkReport:

@@ -15,18 +15,25 @@ if TYPE_CHECKING:
 
 #: Data sets with more training images than this get few epochs by default.
 LARGE, FEW_EPOCHS, MANY_EPOCHS = 10_000, 5, 40
+CNN_WIDTH = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArchitectureOptions:
     """Which network."""
 
-    arch: Annotated[str, typer.Option(metavar="NAME", help="mlp or cnn.")] = "mlp"
+    arch: Annotated[str, typer.Option(metavar="NAME", help="mlp, cnn, vgg, resnet20, ... (see `certify ops`).")] = "mlp"
     activation: Annotated[str, typer.Option(metavar="NAME", help="relu, kaf, kaf-elu, ... (see `certify ops`).")] = (
         "relu"
     )
     hidden: Annotated[str, typer.Option(metavar="N,...", help="Hidden layers of an mlp.")] = "64,64"
-    width: Annotated[int, typer.Option(metavar="N", help="Channels of a cnn's first layer.")] = 8
+    width: Annotated[
+        int | None, typer.Option(metavar="N", help="Channels of the first layer [cnn: 8; others: as published].")
+    ] = None
+    net: Annotated[
+        list[str] | None,
+        typer.Option("--net", metavar="KEY=VALUE", help="Other options of the network: preactivation=false, init=..."),
+    ] = None
     normalise: Annotated[
         bool, typer.Option("--normalise", help="Normalise with the training images' mean and deviation.")
     ] = False
@@ -176,8 +183,9 @@ def architecture_of(options: ArchitectureOptions, found: Dataset) -> dict[str, A
     from models.networks import architecture
 
     given: dict[str, Any] = {"mean": list(found.mean), "std": list(found.std)} if options.normalise else {}
-    if options.arch == "cnn":
-        given["width"] = options.width
+    if options.width is not None or options.arch == "cnn":
+        given["width"] = CNN_WIDTH if options.width is None else options.width
+    assignments(options.net or (), given)
     hidden = integers(options.hidden, "hidden", "64,64")
     return architecture(options.arch, found.input_shape, found.classes, options.activation, hidden=hidden, **given)
 

@@ -13,6 +13,7 @@ from cli.bundles import at_home, bundled
 from cli.catalogue import ops
 from cli.complaints import complain
 from cli.demo import demo
+from cli.diagnosing import diagnose
 from cli.learning import train
 from cli.rates import lr_find
 from cli.sweeping import sweep
@@ -27,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _ASKING = (questions.report, questions.bounds, questions.attack, questions.lipschitz)
-for _command in (demo, train, lr_find, sweep, *_ASKING, ops):
+for _command in (demo, train, lr_find, sweep, diagnose, *_ASKING, ops):
     app.command(_command.__name__.replace("_", "-"))(bundled(at_home(_command)))
 
 

@@ -17,6 +17,13 @@ def radii(text: str) -> tuple[Fraction, ...]:
     return tuple(_radius(word) for word in items(text, "radius", "2/255,8/255"))
 
 
+def single(values: tuple[Fraction, ...], name: str) -> Fraction:
+    """Return the only value; raises ``InvalidInput`` where there are more."""
+    if len(values) != 1:
+        raise InvalidInput(f"--{name} {','.join(map(str, values))}", f"one {name}", f"--{name} {values[0]}")
+    return values[0]
+
+
 def exponent(norm: str) -> float:
     """Return p for linf, l2 or l1."""
     if norm not in NORMS:

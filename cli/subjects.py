@@ -84,12 +84,16 @@ def samples(options: DataOptions, networks: list[Subject]) -> Samples:
     name = names.pop()
     if names or name is None:
         raise InvalidInput("networks of several data sets" if names else "no data set", "one data set", "--data digits")
-    found = data.load(name, data_dir=options.data_dir, download=options.download)
+    return samples_of(data.load(name, data_dir=options.data_dir, download=options.download), options)
+
+
+def samples_of(found: data.Dataset, options: DataOptions) -> Samples:
+    """Return the samples that the options ask for, of a data set that is read already."""
     total = len(found.test_x)
     count = min(SAMPLES, total) if options.samples is None else options.samples
     x, y, index = data.subset(found.test_x, found.test_y, count, options.seed)
     which = "all" if count == total else f"{count} of"
-    return Samples(x, y, index, f"{which} {total} test images of {name} (seed {options.seed})")
+    return Samples(x, y, index, f"{which} {total} test images of {found.name} (seed {options.seed})")
 
 
 def _checkpoint(path: Path, name: str, shape: tuple[int, ...] | None) -> Subject:

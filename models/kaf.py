@@ -105,13 +105,16 @@ class KAF(nn.Module):
                 f"[batch, {'channels' if channels == 1 else channels}, *space]",
                 "KAF(num_parameters=channels), or 1 to share one function",
             )
+        y = self.expansion(x)
+        return y if self.base is None else self.base(x) + y
+
+    def expansion(self, x: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch channels *space"]:
+        """Return the sum of kernels alone, in the dtype of x; half precision is computed in float32."""
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.alpha.dtype), torch.float32)
         alpha, dictionary, gamma = (value.to(dtype) for value in self.gaussian())
         if self.fused and not torch.compiler.is_compiling():
-            y = fused_sum(x.to(dtype), alpha, dictionary, gamma, self._known_grid())
-        else:
-            y = gaussian_sum(x.to(dtype), alpha, dictionary, gamma)
-        return y.to(x.dtype) if self.base is None else self.base(x) + y.to(x.dtype)
+            return fused_sum(x.to(dtype), alpha, dictionary, gamma, self._known_grid()).to(x.dtype)
+        return gaussian_sum(x.to(dtype), alpha, dictionary, gamma).to(x.dtype)
 
     def gaussian(
         self,

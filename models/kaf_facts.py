@@ -145,12 +145,28 @@ class KAFFacts(Smooth):
         if not self.moves(z):
             ends = (end.double().reshape(-1) for end in (z.lower, z.upper))
             return _outward(*self._table.at(self._channels(z.lower.shape)).extremes(*ends), z)
-        wide, shape = z.double(), z.lower.shape
-        with torch.no_grad():
-            table = self._coarse.at(self._channels(shape))
-            places = table.places(wide.lower.reshape(-1), wide.upper.reshape(-1))
-        low, up = (self.forward(at_end(s.view(shape), wide)) for s in places)
+        low, up = (self._module(at_end(s, z)) for s in self._extremal(z))
         return Interval(round_down(low, z.lower.dtype), round_up(up, z.lower.dtype))
+
+    @torch.no_grad()
+    def _extremal(self, z: Interval) -> tuple[Tensor, Tensor]:
+        """Where f is smallest and where it is largest on z, up to rounding: its ends, and the turning points inside."""
+        first, last = (self._module(end) for end in (z.lower, z.upper))
+        low, up = (torch.where(first * sign <= last * sign, z.lower, z.upper) for sign in (1, -1))
+        least, most = torch.minimum(first, last), torch.maximum(first, last)
+        tail = [1] * (self.sample_dims - 1)
+        for turn in zip(*self._coarse.turns, strict=True):
+            place, value = (number.to(z.lower.dtype).view(-1, *tail) for number in turn)  # NaN where there is none
+            inside = (z.lower <= place) & (place <= z.upper)
+            below, above = inside & (value < least), inside & (value > most)
+            low, least = torch.where(below, place, low), torch.where(below, value, least)
+            up, most = torch.where(above, place, up), torch.where(above, value, most)
+        return low, up
+
+    def _module(self, x: Tensor) -> Tensor:
+        """The module's own sum, without the base, on [*leading, *sample]."""
+        flat = x.flatten(0, x.ndim - self.sample_dims - 1)
+        return self.kaf.expansion(flat).view(x.shape)
 
     def slope_range(self, z: Interval) -> Interval:
         """Certified extremes of f' on z (on the whole line if z is), plus the base's."""

@@ -170,17 +170,6 @@ class Table(Curve):
         error = self._limit(0, lower, upper)
         return low - error, up + error
 
-    def places(self, lower: Float64[Tensor, "n"], upper: Float64[Tensor, "n"]) -> tuple[Tensor, Tensor]:
-        """Return where f is smallest and where it is largest on [lower, upper]."""
-        first, last = (self.values(end[None])[0][0] for end in (lower, upper))
-        low, up = (torch.where(first * sign <= last * sign, lower, upper) for sign in (1, -1))
-        least, most = torch.minimum(first, last), torch.maximum(first, last)
-        for p, v, inside in self._inner(lower, upper):
-            below, above = inside & (v < least), inside & (v > most)
-            low, least = torch.where(below, p, low), torch.where(below, v, least)
-            up, most = torch.where(above, p, up), torch.where(above, v, most)
-        return low, up
-
     def _inner(self, lower: Tensor, upper: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield turning points of every element with the values there, and whether they are in [lower, upper]."""
         for place, value in zip(*self.turns, strict=True):

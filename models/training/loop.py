@@ -19,6 +19,7 @@ from models.training.adversarial import PGDTraining
 from models.training.augment import augmented
 from models.training.average import Average
 from models.training.config import TrainConfig
+from models.training.gradients import gradient_norms
 from models.training.group import Group
 from models.training.log import log
 from models.training.optimizers import optimizer_for
@@ -118,7 +119,7 @@ class Run:
 
     def epoch(self) -> EpochRecord:
         """Train one epoch, validate, keep the weights if they are the best so far."""
-        started, progress = time.perf_counter(), self.progress
+        started, progress, config = time.perf_counter(), self.progress, self.config
         name = self.recipe.name
         self.model.train()
         loss, hits = self._pass(progress.epoch)
@@ -139,6 +140,7 @@ class Run:
                 lr=progress.optimizer.param_groups[0]["lr"],
                 seconds=time.perf_counter() - started,
                 images_per_second=len(self.train[0]) / trained,
+                gradients=gradient_norms(self.model, *(part[: config.batch] for part in self.probe)),
             )
             progress.advance(record)
         self._watch()

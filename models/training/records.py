@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
@@ -14,7 +14,8 @@ class EpochRecord:
     """One epoch: mean loss and accuracy on what was trained on, accuracies on validation images.
 
     ``val_robust`` is the accuracy under PGD at the recipe's radius, ``val_certified`` that proved by interval bounds
-    (None where the recipe asks for neither). ``recipe`` is the one in force. ``score`` decides which weights are kept.
+    (None where the recipe asks for neither). ``recipe`` is the one in force; ``gradients`` are the norms by layer on
+    one batch of validation images. ``score`` decides which weights are kept.
     """
 
     epoch: int
@@ -27,6 +28,7 @@ class EpochRecord:
     lr: float
     seconds: float
     images_per_second: float
+    gradients: dict[str, float] = field(default_factory=dict)
 
     @property
     def score(self) -> float:

@@ -194,6 +194,44 @@ def test_lr_find_prints_and_draws_the_curve(folder: Path, capsys: Capture) -> No
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_diagnose_prints_and_draws(folder: Path, capsys: Capture) -> None:
+    said(capsys, "train --activation kaf-elu --hidden 8,8 --epochs 2 --out run")
+    text = said(capsys, "diagnose run --radius 0.1 --samples 20 --plots pictures --json found.json")
+    for word in ("gradient now", "act2", "No NaN", "times the last hidden one's"):
+        assert word in text
+    assert sorted(path.name for path in (folder / "pictures").iterdir()) == [
+        "gradients.svg",
+        "histograms.svg",
+        "kafs.svg",
+    ]
+    found = json.loads((folder / "found.json").read_text())["results"]
+    assert found["origin"] is None
+    assert set(found["gains"]) == {"act1", "act2"}
+
+
+@pytest.mark.slow
+def test_diagnose_shows_the_explosion_of_the_published_network(folder: Path, capsys: Capture) -> None:
+    words = "diagnose --arch resnet56 --activation kaf --net width=4 --samples 16"
+    assert "Gradients explode" in said(capsys, f"{words} --net preactivation=false")
+    assert "Gradients explode" not in said(capsys, words)
+
+
+def test_sweep_prints_a_table_and_goes_on(folder: Path, capsys: Capture) -> None:
+    (folder / "plan.toml").write_text(
+        'title = "two nets"\ndata = "digits"\nactivations = ["relu", "tanh"]\nseeds = [0]\n[networks.mlp]\n'
+        "hidden = [8]\n[recipes.standard]\nepochs = 1\n[judge]\n"
+        'radii = ["0.1"]\nsteps = 2\nrestarts = 1\nsamples = 20\n'
+    )
+    text = said(capsys, "sweep plan.toml --out found --set train.batch=64 --images 300")
+    assert "mlp-tanh-standard-0" in text
+    for name in ("table.csv", "table.md", "scatter.svg"):
+        assert (folder / "found" / name).is_file()
+    assert (folder / "found" / "table.csv").read_text().count("\n") == 3
+    again = said(capsys, "sweep plan.toml --out found --set train.batch=64 --images 300 --json sweep.json")
+    assert again == text
+    assert len(json.loads((folder / "sweep.json").read_text())["results"]["results"]) == 2
+
+
 def test_an_interrupted_training_says_what_is_saved(
     folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,7 +326,9 @@ def test_the_whole_demo_keeps_its_promises(folder: Path) -> None:
         assert found.rows[1].certified["crown"].value > 0.7
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "lr-find", "report", "bounds", "attack", "lipschitz", "ops"])
+@pytest.mark.parametrize(
+    "command", ["", "demo", "train", "lr-find", "sweep", "diagnose", "report", "bounds", "attack", "lipschitz", "ops"]
+)
 def test_help_needs_no_torch(folder: Path, command: str) -> None:
     code = (
         "import sys; from cli.main import main; "

@@ -1,0 +1,142 @@
+"""The diagnosis of a network: gradients, gains, pre-activations clean and attacked, and the learned functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from analysis.plain import Record
+from certify import Interval, LpBall, class_margins
+from certify.attacks import PGD
+from certify.graph import trace
+from certify.ops.base import Elementwise
+from models import KAF, KAFFacts
+from models.diagnosis import activations, channels_of, gain, nan_origin, watched
+from models.training.gradients import gradient_norms, gradient_ratio
+
+#: Bins of a histogram, points of a drawn function, images of a batch of gradients.
+BINS, POINTS, BATCH = 60, 401, 128
+
+
+@dataclass(frozen=True)
+class Histogram(Record):
+    """How often pre-activations fall between ``edges``, on clean and on attacked images: shares that sum to 1."""
+
+    layer: str
+    edges: tuple[float, ...]
+    clean: tuple[float, ...]
+    attacked: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Shape(Record):
+    """A layer's learned functions: ``values`` [channels][points] at ``places``, and certified ranges over all of them.
+
+    ``slope`` and ``curvature`` hold [min, max] of f' and f'' on the whole line (curvature is None with a base).
+    """
+
+    layer: str
+    places: tuple[float, ...]
+    values: tuple[tuple[float, ...], ...]
+    slope: tuple[float, float]
+    curvature: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Diagnosis(Record):
+    """What is known of a network; ``start`` are gradient norms at initialisation, ``now`` at the present weights.
+
+    ``ratio_start`` and ``ratio_now`` are first-to-last ratios of these; ``gains`` are E f'^2 / Var f by activation;
+    ``origin`` names the first value that is not finite.
+    """
+
+    start: dict[str, float]
+    now: dict[str, float]
+    ratio_start: float
+    ratio_now: float
+    gains: dict[str, float | None]
+    origin: str | None
+    histograms: tuple[Histogram, ...]
+    shapes: tuple[Shape, ...]
+
+
+def diagnose(
+    start: nn.Module,
+    model: nn.Module,
+    x: Float[Tensor, "n *shape"],
+    y: Int[Tensor, "n"],
+    *,
+    radius: float = 0.0,
+    seed: int = 0,
+) -> Diagnosis:
+    """Return the diagnosis of ``model``, in eval mode, beside ``start``, the same network at its initialisation.
+
+    Gradients are those of at most 128 of the images; pre-activations are compared at ``radius`` (linf, PGD of 20
+    steps), or not at all at 0 or where values are not finite.
+    """
+    part = x[:BATCH], y[:BATCH]
+    origin = nan_origin(model, *part)
+    norms = gradient_norms(start, *part), gradient_norms(model, *part)
+    channels = channels_of(model, x[:1])
+    found = activations(model)
+    return Diagnosis(
+        start=norms[0],
+        now=norms[1],
+        ratio_start=gradient_ratio(norms[0]),
+        ratio_now=gradient_ratio(norms[1]),
+        gains={name: gain(found[name], channels[name]) for name in channels},
+        origin=origin,
+        histograms=_histograms(model, x, y, radius, seed) if radius and origin is None else (),
+        shapes=tuple(_shape(name, module) for name, module in found.items() if isinstance(module, KAF)),
+    )
+
+
+def _histograms(model: nn.Module, x: Tensor, y: Tensor, radius: float, seed: int) -> tuple[Histogram, ...]:
+    """Pre-activations of every activation, clean and attacked, in common bins."""
+    ball = LpBall(x, radius, clip=(0.0, 1.0))
+    with torch.no_grad():
+        classes = model(x[:1]).shape[1]
+    attack, draw = PGD(steps=20), torch.Generator().manual_seed(seed)
+    witness = attack(model, ball, class_margins(y, classes, x.dtype), generator=draw).witness
+    with torch.no_grad(), watched(activations(model)) as clean:
+        model(x)
+    with torch.no_grad(), watched(activations(model)) as moved:
+        model(witness)
+    return tuple(_histogram(name, clean[name][0], moved[name][0]) for name in clean)
+
+
+def _histogram(name: str, clean: Tensor, moved: Tensor) -> Histogram:
+    both = torch.cat([clean.flatten(), moved.flatten()]).double().cpu()
+    low, high = float(both.min()), float(both.max())
+    edges = torch.linspace(low, high if high > low else low + 1, BINS + 1, dtype=torch.float64)
+    shares = []
+    for values in (clean, moved):
+        counts = torch.histogram(values.flatten().double().cpu(), edges)[0]
+        shares.append(tuple((counts / counts.sum()).tolist()))
+    return Histogram(name, tuple(edges.tolist()), shares[0], shares[1])
+
+
+def _shape(name: str, kaf: KAF) -> Shape:
+    """The functions of a KAF layer over its dictionary and a third beyond, and their certified ranges."""
+    channels = len(kaf.alpha)
+    end = 4 / 3 * float(kaf.dictionary.detach().abs().max())
+    places = torch.linspace(-end, end, POINTS)
+    with torch.no_grad():
+        values = kaf(places[:, None].expand(-1, channels).to(kaf.alpha)).t()
+    twin = trace(kaf, kaf.alpha.new_zeros((1, channels)))
+    rule = twin.nodes[twin.output].rule
+    assert isinstance(rule, Elementwise)
+    assert isinstance(rule.facts, KAFFacts)
+    line = Interval(*(kaf.alpha.detach().new_full((1, channels), sign * torch.inf) for sign in (-1, 1)))
+    slope = rule.facts.slope_range(line)
+    bent = None if kaf.base is not None else rule.facts.curvature(line)
+    return Shape(
+        name,
+        tuple(places.tolist()),
+        tuple(map(tuple, values.tolist())),
+        (float(slope.lower.min()), float(slope.upper.max())),
+        None if bent is None else (float(bent.lower.min()), float(bent.upper.max())),
+    )
