@@ -15,6 +15,7 @@ from certify.graph import trace
 from certify.ops.base import Elementwise
 from models import KAF, KAFFacts
 from models.diagnosis import activations, channels_of, gain, nan_origin, watched
+from models.kaf_tails import TailedFacts
 from models.training.gradients import gradient_norms, gradient_ratio
 
 #: Bins of a histogram, points of a drawn function, images of a batch of gradients.
@@ -129,7 +130,7 @@ def _shape(name: str, kaf: KAF) -> Shape:
     twin = trace(kaf, kaf.alpha.new_zeros((1, channels)))
     rule = twin.nodes[twin.output].rule
     assert isinstance(rule, Elementwise)
-    assert isinstance(rule.facts, KAFFacts)
+    assert isinstance(rule.facts, (KAFFacts, TailedFacts))
     line = Interval(*(kaf.alpha.detach().new_full((1, channels), sign * torch.inf) for sign in (-1, 1)))
     slope = rule.facts.slope_range(line)
     bent = None if kaf.base is not None else rule.facts.curvature(line)

@@ -6,7 +6,6 @@ activation functions for neural networks", Neural Networks 110 (2019), arXiv 170
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +16,8 @@ from torch.nn import functional as F
 from certify.errors import InvalidInput, unknown_name
 from models.fused import Grid, fused_sum, uniform_grid
 from models.gaussian import gaussian_sum
-
-#: A function that a KAF can start as.
-Target = Callable[[Tensor], Tensor]
+from models.kernels import KERNELS, kernel_sum
+from models.ridge import RidgeFit, Target, ridge_fit
 
 TARGETS: dict[str, Target] = {"elu": F.elu, "silu": F.silu, "relu": F.relu, "tanh": torch.tanh}
 
@@ -41,7 +39,11 @@ CONVENTIONS = {
 
 
 class KAF(nn.Module):
-    """Kernel activation function: f(s) = sum_i alpha_i exp(-gamma (s - d_i)^2), plus base(s) if one is given.
+    """Kernel activation function: f(s) = sum_i alpha_i k(s, d_i), plus base(s) if one is given.
+
+    The kernel k is exp(-gamma (s - d)^2) unless ``kernel`` names another of ``models.kernels``, which can be trained
+    and attacked but has no certified facts. ``tails`` "linear" continues the function along its tangents outside
+    [-bound, bound], where Gaussians fall off a cliff ("fall").
 
     Every channel (dimension 1 of the input) has its own trainable alpha; ``num_parameters`` is the number of
     channels, or 1 for one function shared by all. The dictionary d has ``size`` points, evenly on [-bound,
@@ -49,8 +51,9 @@ class KAF(nn.Module):
 
     ``convention`` fills what is left open: "paper" (bound 3, gamma 1/(6 step^2)) or "authors" (the authors'
     code: bound 4, gamma 1/(8 step^2)). ``init`` is "random", or the function that the KAF starts as, fitted
-    by kernel ridge regression: "elu", "silu", "relu", "tanh" or a callable. ``trainable`` trains the
-    dictionary and the bandwidth too. Memory is that of the input, not of the input times ``size``. ``fuse`` has it
+    by kernel ridge regression: "elu", "silu", "relu", "tanh" or a callable; ``ridge`` is its term, the convention's
+    or "auto" (see ``ridge_fit``), and ``fit`` tells what came out. ``trainable`` trains the dictionary and the
+    bandwidth too. Memory is that of the input, not of the input times ``size``. ``fuse`` has it
     computed by compiled loops: several times faster, after seconds of compilation.
 
     Raises ``InvalidInput`` for other names, sizes below 2, and bounds or bandwidths that are not positive.
@@ -70,12 +73,22 @@ class KAF(nn.Module):
         gamma: float | None = None,
         convention: str = "paper",
         init: str | Target = "random",
+        kernel: str = "gaussian",
+        ridge: float | str | None = None,
+        tails: str = "fall",
         base: nn.Module | None = None,
         trainable: bool = False,
     ) -> None:
         super().__init__()
         if convention not in CONVENTIONS:
             raise unknown_name("convention", convention, CONVENTIONS)
+        if kernel not in KERNELS:
+            raise unknown_name("kernel", kernel, KERNELS)
+        if tails not in ("fall", "linear"):
+            raise unknown_name("kind of tails", tails, ("fall", "linear"))
+        if tails == "linear" and (kernel != "gaussian" or base is not None):
+            got = f"linear tails with {'a base' if base is not None else f'the kernel {kernel!r}'}"
+            raise InvalidInput(got, "a gaussian KAF without a base", "tails='fall'")
         chosen = CONVENTIONS[convention]
         bound = chosen.bound if bound is None else bound
         _check("num_parameters", num_parameters, num_parameters >= 1, "at least 1")
@@ -84,7 +97,7 @@ class KAF(nn.Module):
         gamma = 1 / (chosen.scale * (2 * bound / (size - 1)) ** 2) if gamma is None else gamma
         _check("gamma", gamma, 0 < gamma < torch.inf, "a positive number")
         points, bandwidth = torch.linspace(-bound, bound, size), torch.tensor(gamma)
-        self.base = base
+        self.base, self.kernel, self.tails, self.bound = base, kernel, tails, float(bound)
         self.alpha = nn.Parameter(torch.empty(num_parameters, size))
         if trainable:
             self.dictionary = nn.Parameter(points)
@@ -94,7 +107,7 @@ class KAF(nn.Module):
             self.register_buffer("gamma", bandwidth)
         self.trainable, self.fused = trainable, False
         self._grid: tuple[tuple[int, ...], Grid | None] = ((), None)
-        self._start(init, chosen)
+        self.fit = self._start(init, chosen.ridge if ridge is None else ridge, chosen.spread)
 
     def forward(self, x: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch channels *space"]:
         """Return f(x), elementwise, in the dtype of x; half precision is computed in float32."""
@@ -109,12 +122,31 @@ class KAF(nn.Module):
         return y if self.base is None else self.base(x) + y
 
     def expansion(self, x: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch channels *space"]:
-        """Return the sum of kernels alone, in the dtype of x; half precision is computed in float32."""
+        """Return the sum of kernels alone, with its tails, in the dtype of x; half precision is computed in float32."""
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.alpha.dtype), torch.float32)
-        alpha, dictionary, gamma = (value.to(dtype) for value in self.gaussian())
+        wide = x.to(dtype)
+        if self.tails == "fall":
+            return self._sum(wide).to(x.dtype)
+        inner = torch.where(wide > self.bound, self.bound, torch.where(wide < -self.bound, -self.bound, wide))
+        left, right = (slope.to(dtype).view(-1, *[1] * (x.ndim - 2)) for slope in self.end_slopes())
+        return (self._sum(inner) + torch.where(wide > 0, right, left) * (wide - inner)).to(x.dtype)
+
+    def end_slopes(self) -> tuple[Float[Tensor, "parameters"], Float[Tensor, "parameters"]]:
+        """Return f' at -bound and at bound."""
+        alpha, dictionary, gamma = self.gaussian()
+        ends = alpha.new_tensor([[-self.bound], [self.bound]])
+        away = ends - dictionary
+        left, right = (alpha @ (-2 * gamma * away * torch.exp(-gamma * away.square())).t()).unbind(1)
+        return left, right
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """The sum of kernels in the dtype of x."""
+        alpha, dictionary, gamma = (value.to(x.dtype) for value in self.gaussian())
+        if self.kernel != "gaussian":
+            return kernel_sum(KERNELS[self.kernel], x, alpha, dictionary, gamma)
         if self.fused and not torch.compiler.is_compiling():
-            return fused_sum(x.to(dtype), alpha, dictionary, gamma, self._known_grid()).to(x.dtype)
-        return gaussian_sum(x.to(dtype), alpha, dictionary, gamma).to(x.dtype)
+            return fused_sum(x, alpha, dictionary, gamma, self._known_grid())
+        return gaussian_sum(x, alpha, dictionary, gamma)
 
     def gaussian(
         self,
@@ -123,7 +155,9 @@ class KAF(nn.Module):
         return self.alpha, self.dictionary, self._gamma()
 
     def extra_repr(self) -> str:
-        flags = "".join(f", {name}=True" for name in ("trainable", "fused") if getattr(self, name))
+        flags = "" if self.kernel == "gaussian" else f", kernel={self.kernel!r} (no certified facts)"
+        flags += "" if self.tails == "fall" else ", tails='linear'"
+        flags += "".join(f", {name}=True" for name in ("trainable", "fused") if getattr(self, name))
         return f"{len(self.alpha)}, size={len(self.dictionary)}, gamma={float(self._gamma().detach()):.4g}{flags}"
 
     def _known_grid(self) -> Grid | None:
@@ -142,14 +176,16 @@ class KAF(nn.Module):
         return self.log_gamma.exp() if self.trainable else self.gamma
 
     @torch.no_grad()
-    def _start(self, init: str | Target, convention: Convention) -> None:
+    def _start(self, init: str | Target, ridge: float | str, spread: float) -> RidgeFit | None:
         if isinstance(init, str) and init == "random":
-            self.alpha.normal_(std=convention.spread)
-            return
+            self.alpha.normal_(std=spread)
+            return None
         if isinstance(init, str) and init not in TARGETS:
             raise unknown_name("init", init, ("random", *TARGETS))
         target = TARGETS[init] if isinstance(init, str) else init
-        self.alpha.copy_(ridge_fit(target, self.dictionary, self._gamma(), convention.ridge))
+        fit = ridge_fit(target, self.dictionary, self._gamma(), ridge, KERNELS[self.kernel])
+        self.alpha.copy_(fit.alpha)
+        return fit
 
 
 def fuse(model: nn.Module, enabled: bool = True) -> nn.Module:
@@ -162,26 +198,6 @@ def fuse(model: nn.Module, enabled: bool = True) -> nn.Module:
         if isinstance(module, KAF):
             module.fused = enabled
     return model
-
-
-def ridge_fit(
-    target: Target, dictionary: Float[Tensor, "size"], gamma: Float[Tensor, ""], ridge: float
-) -> Float[Tensor, "size"]:
-    """Return alpha = (K + ridge I)^-1 target(d), K_ij = exp(-gamma (d_i - d_j)^2), solved in float64.
-
-    Reference: Scardapane et al. (2019), eq. 16. K is nearly singular (condition 4e5 for the paper's
-    dictionary), so alpha is large and alternates in sign.
-    """
-    d = dictionary.detach().double()
-    kernel = torch.exp(-gamma.detach().double() * (d[:, None] - d[None, :]).square())
-    values = torch.as_tensor(target(d), dtype=torch.float64, device=d.device)
-    if values.shape != d.shape or not bool(torch.isfinite(values).all()):
-        raise InvalidInput(
-            f"a start function with values of shape {tuple(values.shape)} on {len(d)} points",
-            "one finite number for each point",
-            "an elementwise function such as torch.tanh",
-        )
-    return torch.linalg.solve(kernel + ridge * torch.eye(len(d), dtype=d.dtype, device=d.device), values)
 
 
 def _check(name: str, value: float, valid: bool, expected: str) -> None:

@@ -54,6 +54,16 @@ class SumCurve(Curve):
         return SumCurve(self.first.take(index), self.second.take(index))
 
 
+@dataclass(frozen=True)
+class Ends:
+    """f at two ends, per channel: its slopes, bounds of |f''|, the slopes' error, and the larger sum|alpha_i k_i'|."""
+
+    slopes: tuple[Float64[Tensor, "channels"], Float64[Tensor, "channels"]]
+    bends: tuple[Float64[Tensor, "channels"], Float64[Tensor, "channels"]]
+    blur: Float64[Tensor, "channels"]
+    steep: Float64[Tensor, "channels"]
+
+
 @register_activation(KAF)
 class KAFFacts(Smooth):
     """f(s) = sum_i alpha_i exp(-gamma (s - d_i)^2) (+ base(s)), per channel: dimension 1 of the input."""
@@ -81,10 +91,16 @@ class KAFFacts(Smooth):
         return kept(curvatures, self._sum)
 
     @classmethod
-    def from_call(cls, call: Call) -> KAFFacts:
+    def from_call(cls, call: Call) -> Smooth:
         """Read the module; a base must itself be a registered activation."""
         kaf, base = call.module, None
         assert isinstance(kaf, KAF)
+        if kaf.kernel != "gaussian":
+            raise UnsupportedOperation(
+                f"a KAF with the kernel {kaf.kernel!r} at {call.name!r}",
+                "the gaussian kernel: there are no certified facts about others",
+                "KAF(channels, kernel='gaussian'), or attack it (`certify attack`)",
+            )
         if float(kaf.gaussian()[2].detach()) > STEEPEST:
             raise UnsupportedOperation(
                 f"a KAF with gamma above {STEEPEST:g} at {call.name!r}",
@@ -100,7 +116,10 @@ class KAFFacts(Smooth):
                     "an activation that is the same function for every channel",
                     "nn.ReLU(), nn.SiLU() or another activation of `certify ops`",
                 )
-        return cls(kaf, base, len(call.input_shape), live=torch.is_grad_enabled())  # see ``certify.graph.held``
+        from models.kaf_tails import TailedFacts  # which builds on this class
+
+        facts = cls(kaf, base, len(call.input_shape), live=torch.is_grad_enabled())  # see ``certify.graph.held``
+        return facts if kaf.tails == "fall" else TailedFacts(facts)
 
     @classmethod
     def examples(cls) -> list[tuple[Activation, int]]:
@@ -123,7 +142,7 @@ class KAFFacts(Smooth):
             flat = x.double().flatten(0, x.ndim - self.sample_dims - 1)
             y = gaussian_sum(flat, *self._live).view(x.shape).to(x.dtype)
             return y if self.base is None else self.base.forward(x) + y
-        s, row = x.double().reshape(-1), self._channels(x.shape)
+        s, row = x.double().reshape(-1), self.channels(x.shape)
         y = torch.zeros_like(s)
         for alpha, d in zip(self._sum.alpha.t(), self._sum.dictionary, strict=True):
             y += alpha[row] * torch.exp(-self._sum.gamma * (s - d).square())
@@ -131,7 +150,7 @@ class KAFFacts(Smooth):
         return y if self.base is None else self.base.forward(x) + y
 
     def curve(self, shape: torch.Size, device: torch.device) -> Curve:
-        table = self._table.at(self._channels(shape))
+        table = self._table.at(self.channels(shape))
         return table if self.base is None else SumCurve(table, _curve_of(self.base, shape, device))
 
     def range(self, z: Interval) -> Interval:
@@ -144,14 +163,14 @@ class KAFFacts(Smooth):
             return super().range(z)
         if not self.moves(z):
             ends = (end.double().reshape(-1) for end in (z.lower, z.upper))
-            return _outward(*self._table.at(self._channels(z.lower.shape)).extremes(*ends), z)
-        low, up = (self._module(at_end(s, z)) for s in self._extremal(z))
+            return _outward(*self._table.at(self.channels(z.lower.shape)).extremes(*ends), z)
+        low, up = (self.kaf_values(at_end(s, z)) for s in self.extremal(z))
         return Interval(round_down(low, z.lower.dtype), round_up(up, z.lower.dtype))
 
     @torch.no_grad()
-    def _extremal(self, z: Interval) -> tuple[Tensor, Tensor]:
-        """Where f is smallest and where it is largest on z, up to rounding: its ends, and the turning points inside."""
-        first, last = (self._module(end) for end in (z.lower, z.upper))
+    def extremal(self, z: Interval) -> tuple[Tensor, Tensor]:
+        """Return where f is smallest and where it is largest on z, up to rounding: ends, or turning points inside."""
+        first, last = (self.kaf_values(end) for end in (z.lower, z.upper))
         low, up = (torch.where(first * sign <= last * sign, z.lower, z.upper) for sign in (1, -1))
         least, most = torch.minimum(first, last), torch.maximum(first, last)
         tail = [1] * (self.sample_dims - 1)
@@ -163,8 +182,8 @@ class KAFFacts(Smooth):
             up, most = torch.where(above, place, up), torch.where(above, value, most)
         return low, up
 
-    def _module(self, x: Tensor) -> Tensor:
-        """The module's own sum, without the base, on [*leading, *sample]."""
+    def kaf_values(self, x: Tensor) -> Tensor:
+        """Return the module's own values, without its base, on [*leading, *sample]."""
         flat = x.flatten(0, x.ndim - self.sample_dims - 1)
         return self.kaf.expansion(flat).view(x.shape)
 
@@ -194,6 +213,22 @@ class KAFFacts(Smooth):
         turns = {1: lambda: self._slopes, 2: lambda: self._curvatures}[order]()
         return turns.extremes(lower, upper, torch.arange(len(self._sum.alpha), device=lower.device))
 
+    def ends(self, bound: float) -> Ends:
+        """Return what linear tails from -bound and bound need, in float64."""
+        places = self._sum.alpha.new_tensor([-bound, bound])
+        slopes, bends = (self._sum.derivative(order, places) for order in (1, 2))
+        away = (places[:, None] - self._sum.dictionary) * self._sum.unit
+        steep = self._sum.alpha.abs() @ (self._sum.unit * away.abs() * torch.exp(away.square() * -0.5)).t()
+        rough = bends.abs() + self._sum.rounding(2)[:, None]
+        return Ends(
+            (slopes[:, 0], slopes[:, 1]), (rough[:, 0], rough[:, 1]), self._sum.rounding(1), steep.amax(1) * (1 + 1e-9)
+        )
+
+    def end_slopes(self, bound: float) -> tuple[Float64[Tensor, "channels"], Float64[Tensor, "channels"]]:
+        """Return f' at -bound and bound; differentiable where facts are live."""
+        place = self._sum.alpha.new_full((len(self._sum.alpha),), bound)
+        return self.derivative(1, -place), self.derivative(1, place)
+
     def derivative(self, order: int, s: Float64[Tensor, "channels"]) -> Float64[Tensor, "channels"]:
         """Return f^(order) at one point per channel, without the base; differentiable where facts are live."""
         alpha, dictionary, gamma = self._live
@@ -205,7 +240,7 @@ class KAFFacts(Smooth):
         """gamma_{4D+10} sum|alpha|, whatever the order of the D terms; one rounding more for a base."""
         dtype = z.lower.dtype
         terms = gamma_n(4 * len(self._sum.dictionary) + 10, dtype)
-        mass = self._sum.mass[self._channels(z.lower.shape)].view(z.lower.shape)
+        mass = self._sum.mass[self.channels(z.lower.shape)].view(z.lower.shape)
         error = round_up(terms * mass, dtype)
         if self.base is None:
             return error
@@ -215,11 +250,11 @@ class KAFFacts(Smooth):
     def _turned(self, turns: Turns, z: Interval) -> Interval:
         """The range of a derivative over z; a bounded function needs no bounded interval."""
         lower, upper = (end.double().reshape(-1) for end in (z.lower, z.upper))
-        found = turns.extremes(lower, upper, self._channels(z.lower.shape))
+        found = turns.extremes(lower, upper, self.channels(z.lower.shape))
         return _outward(found.low, found.up, z)
 
-    def _channels(self, shape: torch.Size) -> Tensor:
-        """The channel of every element of a tensor [..., channels, *spatial]."""
+    def channels(self, shape: torch.Size) -> Tensor:
+        """Return the channel of every element of a tensor [..., channels, *spatial]."""
         count = len(self._sum.alpha)
         tail = [1] * (self.sample_dims - 1)
         return torch.arange(count, device=self._sum.alpha.device).view(-1, *tail).expand(shape).reshape(-1)

@@ -17,6 +17,7 @@ from certify.ops.base import Elementwise
 from certify.training import evaluating
 from models.kaf import KAF
 from models.kaf_facts import KAFFacts
+from models.kaf_tails import TailedFacts
 
 
 def slope_penalty(model: nn.Module) -> Float64[Tensor, ""]:
@@ -73,9 +74,14 @@ def _kafs(model: nn.Module, window: tuple[float, float]) -> list[tuple[KAFFacts,
             graph = trace(kaf, example, live=torch.is_grad_enabled())
         rule = graph.nodes[graph.output].rule
         assert isinstance(rule, Elementwise)
-        assert isinstance(rule.facts, KAFFacts)
-        lower, upper = (torch.full_like(example[0], end, dtype=torch.float64) for end in window)
-        found.append((rule.facts, (lower, upper)))
+        facts, ends = rule.facts, window
+        if isinstance(facts, TailedFacts):  # outside its slopes are those of the ends, and nothing bends
+            ends = max(window[0], -facts.bound), min(window[1], facts.bound)
+            ends = min(ends[0], facts.bound), max(ends[1], -facts.bound)
+            facts = facts.inner
+        assert isinstance(facts, KAFFacts)
+        lower, upper = (torch.full_like(example[0], end, dtype=torch.float64) for end in ends)
+        found.append((facts, (lower, upper)))
     if not found:
         raise InvalidInput("a model without KAFs", "one with a KAF to penalise", "models.KAF(channels) as activation")
     return found
