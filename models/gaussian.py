@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import Function
 
-#: Terms evaluated at once: two scratch blocks of this many numbers stay in a core's second-level cache.
-BLOCK = {"cpu": 2**18, "cuda": 2**24}
+from models import direct, fusion, recursion
+from models.plan import Plan, coefficients
 
 
 def gaussian_sum(
@@ -19,110 +19,73 @@ def gaussian_sum(
     alpha: Float[Tensor, "parameters size"],
     dictionary: Float[Tensor, "size"],
     gamma: Float[Tensor, ""],
+    plan: Plan | None = None,
+    *,
+    fused: bool = False,
 ) -> Float[Tensor, "batch channels *space"]:
     """Return f(x) = sum_i alpha[c, i] exp(-gamma (x - d_i)^2) for every element of channel c.
 
     ``parameters`` is the number of channels, or 1 for one function shared by all. Differentiable twice in all
     four arguments. Only they are saved for the backward pass, which recomputes the terms block by block, so
     that memory is that of x, not of x times D; a backward pass with ``create_graph`` keeps the terms.
+
+    A ``plan`` made for these values sums by powers (models/plan.py), and then ``fused`` runs compiled code
+    (models/fusion.py); without one, or where the dictionary or gamma want gradients, term by term. Every form errs
+    by at most gamma_{4D+10} sum|alpha|. The memory format of x is kept.
     """
-    shared = alpha.shape[0] == 1
-    flat = x.reshape(-1, 1, 1) if shared else x.unsqueeze(-1).flatten(2)
-    return _GaussianSum.apply(flat, alpha, dictionary, gamma).view(x.shape)
+    free = dictionary.requires_grad or gamma.requires_grad
+    used = None if plan is None or free or not plan.groups or plan.dtype != x.dtype else plan
+    flat, restore = _flatten(x)
+    return restore(_GaussianSum.apply(flat, alpha, dictionary, gamma, used, fused))
+
+
+def _flatten(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """View x as [n, c, s] (channels last: [n s, c, 1]), and return what views a result of that shape as x."""
+    last = x.movedim(1, -1)
+    if x.ndim > 2 and (x.is_contiguous() or not last.is_contiguous()):
+        return x.contiguous().flatten(2), lambda y: y.view(x.shape)
+    return last.reshape(-1, x.shape[1], 1), lambda y: y.view(last.shape).movedim(-1, 1)
 
 
 class _GaussianSum(Function):
-    """``gaussian_sum`` on x [n, c, s] with alpha [c, D]."""
+    """``gaussian_sum`` on x [n, c, s] with alpha [c, D]; by powers with a plan."""
 
     @staticmethod
-    def forward(x: Tensor, alpha: Tensor, dictionary: Tensor, gamma: Tensor) -> Tensor:
-        out, scratch = torch.empty_like(x, memory_format=torch.contiguous_format), _Scratch(x)
-        weights = _by_term(alpha)
-        for rows, columns in _blocks(x, len(dictionary)):
-            _, kernel = scratch.terms(x[rows, columns], dictionary, gamma)
-            torch.sum(kernel.mul_(weights[:, :, columns]), 0, out=out[rows, columns])
-        return out
+    def forward(x: Tensor, alpha: Tensor, dictionary: Tensor, gamma: Tensor, plan: Plan | None, fused: bool) -> Tensor:
+        pure = torch.compiler.is_compiling()
+        if plan is None:
+            return (direct.values_pure if pure else direct.values)(x, alpha, dictionary, gamma)
+        terms = coefficients(alpha, dictionary, gamma, plan)[:, :, None]
+        if pure:
+            return recursion.values_pure(x, terms, plan.numbers, plan.groups)
+        return (fusion if fused else recursion).values(x, terms, plan)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG004
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs[:4])
+        ctx.plan, ctx.fused = inputs[4:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return pull_back_graph(grads[0], *ctx.saved_tensors)
-        return _pull_back(grads[0], *ctx.saved_tensors, needed=ctx.needs_input_grad)
+        (grad,), saved, pure = grads, ctx.saved_tensors, torch.compiler.is_compiling()
+        if not pure and torch.is_grad_enabled():  # a derivative of this derivative is wanted
+            found: direct.Gradients = direct.pull_back_graph(grad, *saved)
+        elif ctx.plan is not None:
+            found = (*_pull_back_powers((grad, *saved), ctx.plan, fused=ctx.fused, pure=pure), None, None)
+        elif pure:
+            found = direct.pull_back_pure(grad, *saved)
+        else:
+            found = direct.pull_back(grad, *saved, needed=ctx.needs_input_grad)
+        return *found, None, None
 
 
-def _pull_back(
-    grad: Tensor, x: Tensor, alpha: Tensor, dictionary: Tensor, gamma: Tensor, *, needed: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients in x, alpha, dictionary and gamma (None where not needed), block by block."""
-    dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needed[0] else None
-    dalpha, dd, dgamma = alpha.t().new_zeros(alpha.t().shape), *map(torch.zeros_like, (dictionary, gamma))
-    scratch, weights = _Scratch(x), _by_term(alpha)
-    for rows, columns in _blocks(x, len(dictionary)):
-        distance, kernel = scratch.terms(x[rows, columns], dictionary, gamma)
-        kernel.mul_(grad[rows, columns])
-        if needed[1]:
-            dalpha[:, columns] += kernel.sum((1, 3))
-        moment = kernel.mul_(distance).mul_(weights[:, :, columns])
-        if dx is not None:
-            torch.sum(moment, 0, out=dx[rows, columns])
-        if needed[2]:
-            dd += moment.sum((1, 2, 3))
-        if needed[3]:
-            dgamma -= moment.mul_(distance).sum()
-    return (
-        dx.mul_(-2 * gamma) if dx is not None else None,
-        dalpha.t() if needed[1] else None,
-        2 * gamma * dd if needed[2] else None,
-        dgamma if needed[3] else None,
-    )
-
-
-def pull_back_graph(grad: Tensor, x: Tensor, alpha: Tensor, dictionary: Tensor, gamma: Tensor) -> tuple[Tensor, ...]:
-    """Return the same four gradients from differentiable operations, for double backward."""
-    distance = x - dictionary.view(-1, 1, 1, 1)
-    kernel = grad * torch.exp(-gamma * distance.square())
-    moment = kernel * distance * _by_term(alpha)
-    return (
-        -2 * gamma * moment.sum(0),
-        kernel.sum((1, 3)).t(),
-        2 * gamma * moment.sum((1, 2, 3)),
-        -(moment * distance).sum(),
-    )
-
-
-class _Scratch:
-    """Two buffers [D, block] that every block of one pass reuses."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.distance, self.kernel = like.new_empty(0), like.new_empty(0)
-
-    def terms(self, x: Tensor, dictionary: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x - d_i and exp(-gamma (x - d_i)^2), [D, *block]; both are overwritten by the next call.
-
-        The exponent is -gamma (x - d) (x - d) with the true distance of each term: four roundings, no
-        cancellation between terms, and exactly 0 far from the dictionary.
-        """
-        shape = (len(dictionary), *x.shape)
-        distance = torch.sub(x, dictionary.view(-1, 1, 1, 1), out=self.distance.resize_(shape))
-        kernel = torch.mul(distance, -gamma, out=self.kernel.resize_(shape)).mul_(distance).exp_()
-        return distance, kernel
-
-
-def _by_term(alpha: Tensor) -> Tensor:
-    """Return alpha [c, D] as [D, 1, c, 1]."""
-    return alpha.t()[:, None, :, None]
-
-
-def _blocks(x: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
-    """Cut x [n, c, s] in rows and columns so that a block of ``size`` terms fits the scratch."""
-    n, c, s = x.shape
-    terms = BLOCK.get(x.device.type, BLOCK["cpu"])
-    columns = min(c, max(1, terms // (size * max(1, s))))
-    rows = max(1, terms // (size * max(1, s) * columns)) if columns == c else 1
-    for row in range(0, n, rows):
-        for column in range(0, c, max(1, columns)):
-            yield slice(row, row + rows), slice(column, column + columns)
+def _pull_back_powers(values: tuple[Tensor, ...], plan: Plan, *, fused: bool, pure: bool) -> tuple[Tensor, Tensor]:
+    """Return the gradients in x and alpha by powers; ``values`` are that of f, x, alpha, the dictionary and gamma."""
+    grad, x, alpha, dictionary, gamma = values
+    terms = coefficients(alpha, dictionary, gamma, plan)[:, :, None]
+    if pure:
+        slopes = terms * plan.lean[:, None, None]
+        dx, sums = recursion.pull_back_pure(grad, x, terms, slopes, plan.numbers, plan.groups)
+    else:
+        dx, sums = (fusion if fused else recursion).pull_back(grad, x, terms, plan)
+    return dx, direct.per_parameter(sums * plan.scale[:, None], alpha)

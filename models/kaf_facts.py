@@ -22,6 +22,7 @@ from models.gaussian import gaussian_sum
 from models.kaf import KAF
 from models.kaf_table import Gaussians, Table, hermite, kept
 from models.kaf_turns import Extremes, Turns, curvatures, slopes
+from models.plan import HEAVIEST
 
 STEEPEST = 1e3  # largest gamma: a table of steeper kernels would be long or coarse
 COARSER = 8  # times fewer nodes where a point within 1e-6 of a turning point will do
@@ -140,7 +141,8 @@ class KAFFacts(Smooth):
         """
         if torch.is_grad_enabled() and any(value.requires_grad for value in (x, *self._live)):
             flat = x.double().flatten(0, x.ndim - self.sample_dims - 1)
-            y = gaussian_sum(flat, *self._live).view(x.shape).to(x.dtype)
+            alpha, dictionary, gamma = self._live
+            y = gaussian_sum(flat, alpha, dictionary, gamma).view(x.shape).to(x.dtype)
             return y if self.base is None else self.base.forward(x) + y
         s, row = x.double().reshape(-1), self.channels(x.shape)
         y = torch.zeros_like(s)
@@ -237,11 +239,15 @@ class KAFFacts(Smooth):
         return (alpha * hermite(order, v) * torch.exp(v.square() * -0.5)).sum(1) * (-unit) ** order
 
     def rounding_error(self, z: Interval) -> Tensor:
-        """gamma_{4D+10} sum|alpha|, whatever the order of the D terms; one rounding more for a base."""
+        """gamma_{4D+10} sum|alpha|, for every form of the sum and any order of its D terms; one more for a base.
+
+        Term by term and by powers, eager and compiled: models/plan.py allows powers only where they err by no more.
+        Weights whose powers may overflow have no bound.
+        """
         dtype = z.lower.dtype
         terms = gamma_n(4 * len(self._sum.dictionary) + 10, dtype)
         mass = self._sum.mass[self.channels(z.lower.shape)].view(z.lower.shape)
-        error = round_up(terms * mass, dtype)
+        error = round_up(torch.where(mass > HEAVIEST, torch.inf, terms * mass), dtype)
         if self.base is None:
             return error
         size = self.base.range(z).magnitude + round_up(mass, dtype)

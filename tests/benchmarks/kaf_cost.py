@@ -11,7 +11,7 @@ import sys
 
 from measure import cpu_seconds, fresh, growth_mb, hardware
 
-CASES = ("relu", "silu", "kaf", "kaf-fused", "kaf-free", "kaf-free-fused")
+CASES = ("relu", "silu", "kaf", "kaf-fused", "kaf-free")
 
 
 def case(name: str) -> dict[str, float]:
@@ -28,7 +28,6 @@ def case(name: str) -> dict[str, float]:
         "kaf": KAF(64),
         "kaf-fused": fuse(KAF(64)),
         "kaf-free": KAF(64, trainable=True),
-        "kaf-free-fused": fuse(KAF(64, trainable=True)),
     }
     x = torch.randn(128, 64, 32, 32, requires_grad=True)
     upstream = torch.randn_like(x)

@@ -89,7 +89,7 @@ def test_gradients_do_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch) 
     inputs = (x, *kaf.parameters())
     whole = torch.autograd.grad(kaf(x).square().sum(), inputs)
     for terms in (1, 20 * 7 * 4, 20 * 7 * 6 * 2):
-        monkeypatch.setattr("models.gaussian.BLOCK", {"cpu": terms})
+        monkeypatch.setattr("models.direct.BLOCK", {"cpu": terms})
         for a, b in zip(whole, torch.autograd.grad(kaf(x).square().sum(), inputs), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
