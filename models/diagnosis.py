@@ -28,10 +28,11 @@ def activations(model: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def gain(activation: nn.Module, channels: int = 1) -> float | None:
-    """Return E f'(z)^2 / Var f(z) for z ~ N(0, 1), averaged over channels: what a normalised layer does to gradients.
+    """Return E f'(z)^2 / Var f(z) for z ~ N(0, 1), both averaged over channels: what a layer does to gradients.
 
-    Batch normalisation divides by the deviation of f(z), so every layer multiplies squared gradients by this number,
-    whatever the scale of f: 1.467 for ReLU. None where f is not a function of single values, or constant.
+    The next layer mixes the channels and batch normalisation divides by the mixture's deviation, so every layer
+    multiplies squared gradients by this number, whatever the scale of f: 1.467 for ReLU. None where f is not a function
+    of single values, or constant.
     """
     if isinstance(activation, KWTA):
         return None
@@ -44,9 +45,8 @@ def gain(activation: nn.Module, channels: int = 1) -> float | None:
         f = module(inputs)
         (slope,) = torch.autograd.grad(f.sum(), inputs)
     mean = (weight * f).sum(0)
-    variance = (weight * (f - mean).square()).sum(0)
-    found = (weight * slope.square()).sum(0)[variance > 0] / variance[variance > 0]
-    return float(found.mean()) if len(found) else None
+    variance = float((weight * (f - mean).square()).sum())
+    return float((weight * slope.square()).sum()) / variance if variance > 0 else None
 
 
 def channels_of(model: nn.Module, x: Float[Tensor, "n *shape"]) -> dict[str, int]:

@@ -77,7 +77,9 @@ def values_pure(x: Tensor, alpha: Tensor, dictionary: Tensor, gamma: Tensor) -> 
     return y
 
 
-def pull_back_pure(grad: Tensor, x: Tensor, alpha: Tensor, dictionary: Tensor, gamma: Tensor) -> Gradients:
+def pull_back_pure(
+    grad: Tensor, x: Tensor, alpha: Tensor, dictionary: Tensor, gamma: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``pull_back`` as one expression."""
     weights, dx, found = alpha.t()[:, :, None], torch.zeros_like(x), []
     for i in range(len(dictionary)):
@@ -85,9 +87,9 @@ def pull_back_pure(grad: Tensor, x: Tensor, alpha: Tensor, dictionary: Tensor, g
         kernel = grad * torch.exp(distance * -gamma * distance)
         moment = kernel * distance * weights[i]
         dx = dx + moment
-        found.append((kernel.sum((0, 2)), moment.sum(), (moment * distance).sum()))
+        found.append([part.sum((0, 2)) for part in (kernel, moment, moment * distance)])  # alike, for one loop
     sums, shifts, spreads = (torch.stack(part) for part in zip(*found, strict=True))
-    return -2 * gamma * dx, per_parameter(sums, alpha), 2 * gamma * shifts, -spreads.sum()
+    return -2 * gamma * dx, per_parameter(sums, alpha), 2 * gamma * shifts.sum(1), -spreads.sum()
 
 
 class _Scratch:

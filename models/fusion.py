@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models import recursion
+from models import direct, recursion
 from models.plan import Plan
 
 #: Inductor would store E and t, which many outputs read, in memory of the size of x; to compute on is cheaper.
@@ -45,6 +45,45 @@ def pull_back(grad: Tensor, x: Tensor, terms: Tensor, plan: Plan) -> tuple[Tenso
         if not _run(_pull_back_into, grad[block], x[block], dx[block], part, a, b, plan.numbers, plan.groups):
             return recursion.pull_back(grad, x, terms, plan)
     return dx, sums
+
+
+def direct_values(x: Tensor, alpha: Tensor, dictionary: Tensor, gamma: Tensor) -> Tensor:
+    """Return ``direct.values``, compiled if that is possible."""
+    out = torch.empty_like(x)
+    done = _run(_direct_values_into, x, out, alpha, dictionary, gamma)
+    return out if done else direct.values(x, alpha, dictionary, gamma)
+
+
+def direct_pull_back(
+    grad: Tensor, x: Tensor, alpha: Tensor, dictionary: Tensor, gamma: Tensor, *, needed: tuple[bool, ...]
+) -> direct.Gradients:
+    """Return ``direct.pull_back``, compiled if that is possible: block by block, in a fixed order."""
+    dx, da, dd, dgamma = (torch.zeros_like(value) for value in (x, alpha, dictionary, gamma))
+    for block in recursion.blocks(x):
+        rows = block[1] if len(alpha) > 1 else slice(None)
+        parts = (dx[block], da[rows], dd, dgamma)
+        if not _run(_direct_pull_back_into, grad[block], x[block], alpha[rows], dictionary, gamma, *parts):
+            return direct.pull_back(grad, x, alpha, dictionary, gamma, needed=needed)
+    return dx, da, dd, dgamma
+
+
+def _direct_values_into(x: Tensor, out: Tensor, alpha: Tensor, dictionary: Tensor, gamma: Tensor) -> None:
+    out.copy_(direct.values_pure(x, alpha, dictionary, gamma))
+
+
+def _direct_pull_back_into(
+    grad: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    dictionary: Tensor,
+    gamma: Tensor,
+    dx: Tensor,
+    *sums: Tensor,
+) -> None:
+    found, *more = direct.pull_back_pure(grad, x, alpha, dictionary, gamma)
+    dx.copy_(found)
+    for total, part in zip(sums, more, strict=True):
+        total.add_(part)
 
 
 def _values_into(x: Tensor, out: Tensor, terms: Tensor, numbers: Tensor, groups: recursion.Groups) -> None:

@@ -29,9 +29,9 @@ def gaussian_sum(
     four arguments. Only they are saved for the backward pass, which recomputes the terms block by block, so
     that memory is that of x, not of x times D; a backward pass with ``create_graph`` keeps the terms.
 
-    A ``plan`` made for these values sums by powers (models/plan.py), and then ``fused`` runs compiled code
-    (models/fusion.py); without one, or where the dictionary or gamma want gradients, term by term. Every form errs
-    by at most gamma_{4D+10} sum|alpha|. The memory format of x is kept.
+    A ``plan`` made for these values sums by powers (models/plan.py); without one, or where the dictionary or gamma
+    want gradients, the sum is term by term. ``fused`` runs compiled code (models/fusion.py). Every form errs by at
+    most gamma_{4D+10} sum|alpha|. The memory format of x is kept.
     """
     free = dictionary.requires_grad or gamma.requires_grad
     used = None if plan is None or free or not plan.groups or plan.dtype != x.dtype else plan
@@ -54,7 +54,8 @@ class _GaussianSum(Function):
     def forward(x: Tensor, alpha: Tensor, dictionary: Tensor, gamma: Tensor, plan: Plan | None, fused: bool) -> Tensor:
         pure = torch.compiler.is_compiling()
         if plan is None:
-            return (direct.values_pure if pure else direct.values)(x, alpha, dictionary, gamma)
+            values = direct.values_pure if pure else fusion.direct_values if fused else direct.values
+            return values(x, alpha, dictionary, gamma)
         terms = coefficients(alpha, dictionary, gamma, plan)[:, :, None]
         if pure:
             return recursion.values_pure(x, terms, plan.numbers, plan.groups)
@@ -75,7 +76,8 @@ class _GaussianSum(Function):
         elif pure:
             found = direct.pull_back_pure(grad, *saved)
         else:
-            found = direct.pull_back(grad, *saved, needed=ctx.needs_input_grad)
+            pull_back = fusion.direct_pull_back if ctx.fused else direct.pull_back
+            found = pull_back(grad, *saved, needed=ctx.needs_input_grad)
         return *found, None, None
 
 

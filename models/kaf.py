@@ -146,7 +146,8 @@ class KAF(nn.Module):
         alpha, dictionary, gamma = (value.to(x.dtype) for value in self.gaussian())
         if self.kernel != "gaussian":
             return kernel_sum(KERNELS[self.kernel], x, alpha, dictionary, gamma)
-        return gaussian_sum(x, alpha, dictionary, gamma, self._planned(x.dtype), fused=self.fused)
+        fused = self.fused and x.dtype == torch.float32  # doubles are for checks, not worth a compilation
+        return gaussian_sum(x, alpha, dictionary, gamma, self._planned(x.dtype), fused=fused)
 
     def gaussian(
         self,
@@ -202,8 +203,9 @@ def fuse(model: nn.Module, enabled: bool = True) -> nn.Module:
     """Let every KAF of ``model`` run as one compiled loop (or no longer), in place, and return ``model``.
 
     About 2.5 times faster than the eager sum, with errors within the same bound. The first call of each kind of input
-    compiles for 5 to 13 seconds. KAFs that train their dictionary, or whose dictionary is not evenly spaced, stay
-    eager. Where torch.compile finds no working compiler, one warning says so and the eager sum runs.
+    compiles for 5 to 13 seconds, for up to a minute where the dictionary is trained or not evenly spaced. Kernels other
+    than the Gaussian, and doubles, stay eager. Where torch.compile finds no working compiler, one warning says so and
+    the eager sum runs.
     """
     for module in model.modules():
         if isinstance(module, KAF):

@@ -101,12 +101,24 @@ class _Climb:
             slopes = jacobian(self.model, x, self.C)
             norms = jacobian_norms(slopes, self.p, rows=self.C is not None)
             top = norms.amax(1).sum()
-            (uphill,) = torch.autograd.grad(top, x, allow_unused=True) if top.requires_grad else (None,)
+            uphill = _derivative(top, x)
         slopes = slopes.detach()
         strongest = slopes[torch.arange(len(x)), slopes.abs().sum(2).argmax(1)].view_as(x)
         uphill = torch.zeros_like(x) if uphill is None else uphill.nan_to_num(nan=0.0)
         flat = (uphill == 0).flatten(1).all(1)
         return norms.detach().nan_to_num(nan=0.0), torch.where(_column(flat, x), strongest, uphill)
+
+
+def _derivative(top: Tensor, x: Tensor) -> Tensor | None:
+    """The derivative of ``top``, one of a derivative itself; None where there is none, in mathematics or in torch."""
+    if not top.requires_grad:
+        return None
+    try:
+        return torch.autograd.grad(top, x, allow_unused=True)[0]
+    except RuntimeError as error:
+        if "is not implemented" in str(error):  # the second derivative of torch's hardsigmoid
+            return None
+        raise
 
 
 def jacobian(

@@ -365,3 +365,9 @@ def test_a_kaf_network_gets_its_slopes_inside_the_norm() -> None:
     local = product_bound(model, domain=domain)
     lower = lipschitz_constant(model, domain=domain, method=JacobianAscent(starts=4, steps=6))
     assert 3 < lower.value <= local.value < upper.value
+
+
+def test_a_function_without_second_derivatives_in_torch_is_climbed_along_its_gradient():
+    model = nn.Sequential(nn.Linear(3, 8), nn.Hardsigmoid(), nn.Linear(8, 2)).eval()
+    lower, upper = (lipschitz_constant(model, input_shape=(3,), method=m).value for m in ("jacobian", "recursion"))
+    assert 0.3 * upper < lower <= upper

@@ -55,7 +55,7 @@ def test_the_gain_of_a_random_kaf_is_large_whatever_its_scale() -> None:
     with torch.no_grad():
         kaf.alpha.mul_(0.01)
     assert first == pytest.approx(gain(kaf, 200), rel=1e-6)
-    assert 2.5 < first < 4.5
+    assert 3.0 < first < 3.4  # 3.2 is known for many channels
 
 
 def test_what_is_no_function_of_single_values_has_no_gain() -> None:

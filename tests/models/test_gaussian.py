@@ -82,7 +82,33 @@ def test_any_bandwidth_stays_inside_the_contract(width: float) -> None:
     x = everywhere(kaf)
     error = (kaf(x).detach().double() - definition(kaf, x)).abs()
     assert bool((error <= roundings(90, torch.float32)).all())
-    assert bool((error <= 1.3e-6).all())
+    assert bool((error <= 1e-6).all())
+
+
+def test_any_even_dictionary_errs_by_less_than_its_plan_proves() -> None:
+    grouped = 0
+    for _ in range(60):
+        size, reach, width = (
+            int(torch.randint(2, 66, ())),
+            10 ** (3 * torch.rand(()) - 1.5),
+            10 ** (6 * torch.rand(()) - 5),
+        )
+        middle = 2 * reach * torch.randn(())
+        d = torch.linspace(float(middle - reach), float(middle + reach), size)
+        gamma, alpha = width * ((size - 1) / (2 * reach)) ** 2, torch.eye(size)
+        plan = make_plan(d, gamma, torch.float32)
+        grouped += bool(plan.groups)
+        far = 9 / gamma.sqrt()
+        x = torch.cat([torch.linspace(float(d[0] - far), float(d[-1] + far), 2001), d, torch.tensor([-1e30, 1e30])])
+        exact = torch.exp(-gamma.double() * (x[:, None].double() - d.double()).square())
+        y = gaussian_sum(x[:, None].repeat(1, size), alpha, d, gamma, plan)
+        bound = (
+            min(1e-6, roundings(4 * size + 10, torch.float32))
+            if plan.groups
+            else roundings(4 * size + 10, torch.float32)
+        )
+        assert bool(((y - exact).abs() <= bound).all())
+    assert grouped >= 20
 
 
 def test_the_float_contract_of_the_facts_holds_for_what_runs() -> None:
@@ -251,6 +277,19 @@ def test_fused_is_eager_up_to_rounding(compiling: None, shape: tuple[int, ...], 
     assert not fusion._broken
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5 * max(1.0, float(a.detach().abs().max())))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parameters", [1, 3])
+def test_fused_term_by_term_is_eager_up_to_rounding(compiling: None, parameters: int) -> None:
+    kaf, x = KAF(parameters, size=6, trainable=True), torch.randn(7, 3, 8, 8, requires_grad=True)
+    inputs, results = (x, *kaf.parameters()), []
+    for fused in (False, True):
+        y = fuse(kaf, fused)(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    assert not fusion._broken
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(a.detach().abs().max())))
 
 
 @pytest.mark.slow
