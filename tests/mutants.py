@@ -33,8 +33,11 @@ from certify.propagate import methods, optimize
 from certify.propagate.backward import Neurons, Rows
 from certify.propagate.state import Knowledge
 from certify.sets import LpBall
-from models import kaf_table
+from models import kaf_table, plan
+from models.kaf_facts import KAFFacts
 from models.kaf_table import Table
+from models.kaf_tails import Tailed, TailedFacts
+from models.training import certified
 
 Patch = pytest.MonkeyPatch
 
@@ -451,3 +454,45 @@ def smallest_eigenvalue_on_trust(patch: Patch) -> None:
 
     patch.setattr(semidefinite, "propose", propose)
     patch.setattr(semidefinite, "top", lambda P: torch.zeros(1))
+
+
+@mutant(check.tailed_facts)
+def tails_bend_no_more(patch: Patch) -> None:
+    """The jump of f'' at the ends of the dictionary counts as none."""
+    patch.setattr(Tailed, "fourth", lambda self, lower, upper: 0 * self.bends[0] + 0 * lower)
+
+
+@mutant(check.tailed_facts)
+def tails_fall_silently(patch: Patch) -> None:
+    """Ranges end where the dictionary does."""
+    patch.setattr(TailedFacts, "range", lambda self, z: self.inner.range(self._inside(z)))
+
+
+@mutant(check.tailed_facts)
+def slopes_of_the_wrong_end(patch: Patch) -> None:
+    before = KAFFacts.ends
+
+    def swapped(self: KAFFacts, bound: float) -> Any:
+        found = before(self, bound)
+        return replace(found, slopes=found.slopes[::-1])
+
+    patch.setattr(KAFFacts, "ends", swapped)
+
+
+@mutant(check.hardswish_facts)
+def jumps_of_a_slope_forgotten(patch: Patch) -> None:
+    patch.setattr(smooth.Hardswish, "inflections", ())
+    patch.setattr(smooth.Hardswish, "slope_range", smooth.ClosedForm.slope_range)
+
+
+@mutant(check.sums_by_powers)
+def groups_too_wide_for_float32(patch: Patch) -> None:
+    """One group for all points, whatever it costs: t^j of twenty points."""
+    patch.setattr(plan, "WIDEST", 10)
+    patch.setattr(plan, "_roundings", lambda *_: 0.0)
+
+
+@mutant(check.worst_case_losses)
+def best_case_taken_for_the_worst(patch: Patch) -> None:
+    before = certified.margins_of
+    patch.setattr(certified, "margins_of", lambda *given: before(*given).abs())

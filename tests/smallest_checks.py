@@ -32,6 +32,9 @@ from certify.rounding import FloatAnyOrder, Real
 from certify.sets import LpBall
 from certify.specs import Spec
 from certify.testing import check_activation, check_op, check_set
+from models.kaf_tails import TailedFacts
+from models.training.certified import worst_loss
+from models.training.recipe import Batch, Threat
 
 
 def sound(model: nn.Module, domain: certify.PerturbationSet, method: str | certify.AlphaCROWN = "crown") -> None:
@@ -391,3 +394,35 @@ def program_with_noise() -> None:
             found = method.bound(prepare(model, domain), domain, claim, Real())
             assert bool((found <= met).all())
             assert bool((found > -1e3).all())
+
+
+def tailed_facts() -> None:
+    """The facts of a KAF with linear tails, on short random intervals around and beyond its ends."""
+    for facts, channels in TailedFacts.examples()[:2]:
+        check_activation(facts, channels, cases=60)
+
+
+def hardswish_facts() -> None:
+    check_activation(smooth.Hardswish(), cases=100)
+
+
+def sums_by_powers() -> None:
+    """The float32 sum is exact to a millionth of its weights, near and far: the contract has room for five times that."""
+    kaf = models.KAF(20)
+    with torch.no_grad():
+        kaf.alpha.copy_(torch.eye(20))
+    x = torch.cat([torch.linspace(-9, 9, 6001), torch.tensor([60.0, -1e4, 1e30])])[:, None].expand(-1, 20)
+    _, d, gamma = (value.detach().double() for value in kaf.gaussian())
+    exact = torch.exp(-gamma * (x.double() - d).square())
+    assert bool(((kaf(x).detach().double() - exact).abs() <= 1e-6).all())
+
+
+def worst_case_losses() -> None:
+    """The loss of certified training is above that of every image of the ball."""
+    torch.manual_seed(0)
+    model, x, y = models.mlp([4, 16, 3]), torch.rand(8, 4), torch.arange(8) % 3
+    batch = Batch(model, x, y, 3, torch.Generator())
+    ball = Threat(0.2).ball(x)
+    worst = worst_loss(batch, ball, "ibp").detach()
+    with torch.no_grad():
+        assert all(batch.loss(model(points)) <= worst for points in ball.sample(50))
