@@ -124,14 +124,15 @@ class KAFFacts(Smooth):
 
     @classmethod
     def examples(cls) -> list[tuple[Activation, int]]:
-        """Random, ridge-fitted, shared, free and with a base."""
-        generator = torch.Generator().manual_seed(0)
-        kafs = [KAF(4), KAF(4, convention="authors"), KAF(4, init="elu"), KAF(1, size=5, trainable=True)]
-        for kaf in kafs:
-            kaf.alpha.data.add_(0.1 * torch.randn(kaf.alpha.shape, generator=generator))
+        """Random, ridge-fitted, shared, free and with a base; the same ones every time."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            kafs = [KAF(4), KAF(4, convention="authors"), KAF(4, init="elu"), KAF(1, size=5, trainable=True)]
+            for kaf in kafs:
+                kaf.alpha.data.add_(0.1 * torch.randn(kaf.alpha.shape))
+            small = KAF(4, base=torch.nn.ReLU())
+            small.alpha.data.copy_(0.1 * torch.randn(small.alpha.shape))
         found: list[tuple[Activation, int]] = [(cls(kaf.eval(), None, 2), len(kaf.alpha)) for kaf in kafs]
-        small = KAF(4, base=torch.nn.ReLU())
-        small.alpha.data.copy_(0.1 * torch.randn(small.alpha.shape, generator=generator))
         return [*found, (cls(small.eval(), PiecewiseLinear((0.0,), (0.0, 1.0)), 2), 4)]
 
     def forward(self, x: Tensor) -> Tensor:

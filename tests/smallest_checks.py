@@ -407,7 +407,7 @@ def hardswish_facts() -> None:
 
 
 def sums_by_powers() -> None:
-    """The float32 sum is exact to a millionth of its weights, near and far: the contract has room for five times that."""
+    """The float32 sum is exact to a millionth of its weights, near and far; the contract has room for five."""
     kaf = models.KAF(20)
     with torch.no_grad():
         kaf.alpha.copy_(torch.eye(20))
