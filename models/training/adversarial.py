@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -64,6 +65,8 @@ class Fast(Adversarial):
     Reference: Wong, Rice, Kolter, "Fast is better than free" (2020), algorithm 3.
     """
 
+    one_step: ClassVar[bool] = True
+
     step: float = 1.25
 
     def attack(self, batch: Batch) -> Float[Tensor, "batch *shape"]:
@@ -79,6 +82,8 @@ class NoisyFGSM(Adversarial):
     Reference: de Jorge et al., "Make some noise: reliable and efficient single-step adversarial training" (2022):
     it does not overfit to its own attack. For linf.
     """
+
+    one_step: ClassVar[bool] = True
 
     noise: float = 2.0
     step: float = 1.0
@@ -122,6 +127,8 @@ class Free(Adversarial):
     The perturbation outlives its batch, as published, and starts at zero in every epoch. Reference: Shafahi et al.,
     "Adversarial training for free!" (2019), algorithm 1. An epoch costs as many standard ones as there are replays.
     """
+
+    one_step: ClassVar[bool] = True
 
     replays: int = 4
 

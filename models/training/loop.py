@@ -149,7 +149,7 @@ class Run:
     def _watch(self) -> None:
         """Note overfitting to the recipe's own attack, and go back to the best weights where it will be switched."""
         progress = self.progress
-        if overfits(progress.records) and not progress.overfitted:
+        if self.config.recipe.one_step and overfits(progress.records) and not progress.overfitted:
             progress.overfitted.append(progress.epoch)
             if self.config.watch.overfitting == "switch":
                 self.model.load_state_dict(progress.best)

@@ -90,6 +90,8 @@ class Recipe(ABC):
     name: ClassVar[str]
     #: Whether it trains on certified bounds: validation then bounds too.
     certified: ClassVar[bool] = False
+    #: Whether its attack is a single step, to which a network can overfit: the watch then looks for that.
+    one_step: ClassVar[bool] = False
 
     @property
     def threat(self) -> Threat | None:

@@ -223,6 +223,14 @@ def test_the_watch_answers_overfitting(
     assert [r.recipe for r in again.records] == names
 
 
+@pytest.mark.parametrize("name", ["pgd", "ibp", "standard"])
+def test_only_single_steps_are_watched(name: str, digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the radius of a certified recipe grows, its accuracy under attack may fall: no overfitting."""
+    monkeypatch.setattr("models.training.loop.overfits", lambda records: True)
+    recipe = Standard() if name == "standard" else RECIPES[name](radius=0.05)
+    assert train(network(), digits, TrainConfig(epochs=2, batch=150, recipe=recipe)).overfitted == ()
+
+
 def test_interrupted_before_the_first_epoch(digits: Dataset, tmp_path: Path) -> None:
     class Stop(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
