@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,14 @@ class Certified(Recipe):
     def threat(self) -> Threat:
         return Threat(self.radius, self.norm)
 
+    @abstractmethod
+    def outcome(self, batch: Batch) -> Outcome:
+        """Return the loss of a batch, after the forward pass whose statistics its bounds use."""
+
+    def __call__(self, batch: Batch) -> Outcome:
+        with batch_statistics(batch.model):
+            return self.outcome(batch)
+
     def grown(self, done: float) -> float:
         """Return the share of the radius at that share of the run."""
         past = done - self.warmup
@@ -58,7 +67,7 @@ class IBPTraining(Certified):
 
     kappa: float = 0.5
 
-    def __call__(self, batch: Batch) -> Outcome:
+    def outcome(self, batch: Batch) -> Outcome:
         logits, share = batch.model(batch.x), self.grown(batch.done)
         plain, kappa = batch.loss(logits), 1 - (1 - self.kappa) * share
         if share == 0:
@@ -79,7 +88,7 @@ class CrownIBPTraining(Certified):
     kappa: float = 0.5
     beta: float = 0.0
 
-    def __call__(self, batch: Batch) -> Outcome:
+    def outcome(self, batch: Batch) -> Outcome:
         logits, share = batch.model(batch.x), self.grown(batch.done)
         plain, kappa = batch.loss(logits), 1 - (1 - self.kappa) * share
         if share == 0:
@@ -103,7 +112,7 @@ class Sabr(Certified):
     share: float = 0.4
     steps: int = 8
 
-    def __call__(self, batch: Batch) -> Outcome:
+    def outcome(self, batch: Batch) -> Outcome:
         logits, grown = batch.model(batch.x), self.grown(batch.done)
         if grown == 0:
             return Outcome(batch.loss(logits), logits)
@@ -123,7 +132,7 @@ class MtlIBP(Certified):
     alpha: float = 0.1
     steps: int = 8
 
-    def __call__(self, batch: Batch) -> Outcome:
+    def outcome(self, batch: Batch) -> Outcome:
         share = self.grown(batch.done)
         points = _attacked(batch, Threat(max(share, 1e-6) * self.radius, self.norm), self.steps)
         logits = batch.model(points)
@@ -140,10 +149,33 @@ def worst_loss(batch: Batch, ball: LpBall, method: str) -> Float[Tensor, ""]:
 
 
 def margins_of(batch: Batch, ball: LpBall, method: str) -> Float[Tensor, "batch rows"]:
-    """Return certified margins; batch normalisation has its running statistics, dropout is off, autocast too."""
+    """Return certified margins; batch normalisation has the batch's statistics, dropout is off, autocast too."""
     spec = class_margins(batch.y, batch.classes, batch.x.dtype)
     with settled(batch.model), torch.autocast(batch.x.device.type, enabled=False):
         return training_margins(batch.model, ball, spec, method)
+
+
+MOVING = ("running_mean", "running_var")
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Let running statistics be the last batch's for a while: bounds, which take them, then see what training sees.
+
+    Afterwards they are the moving averages of before, moved by that batch as usual.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    kept = [({name: getattr(module, name).clone() for name in MOVING}, module.momentum) for module in norms]
+    for module in norms:
+        module.momentum = 1.0
+    try:
+        yield
+    finally:
+        for module, (before, momentum) in zip(norms, kept, strict=True):
+            share = 1 / max(1, int(module.num_batches_tracked or 1)) if momentum is None else momentum
+            for name, value in before.items():  # new tensors: the loss may still need the batch's for its gradients
+                setattr(module, name, value.lerp(getattr(module, name), share))
+            module.momentum = momentum
 
 
 @contextmanager
