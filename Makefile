@@ -7,6 +7,9 @@ READY  := $(VENV)/.ready
 TESTED := $(VENV)/.ready-test
 UV     := UV_SYSTEM_CERTS=1 VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv
 
+#: Processes that share the tests.
+JOBS   ?= 2
+
 .PHONY: demo test lint types unit wheel clean
 .DELETE_ON_ERROR:
 
@@ -23,7 +26,7 @@ types: $(TESTED)
 	$(BIN)/mypy
 
 unit: $(TESTED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 # Install the built wheel into a folder of its own and use it from elsewhere, with the environment's dependencies.
 wheel: $(TESTED)
