@@ -7,6 +7,7 @@ finished graph with the model.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections import OrderedDict
 from collections.abc import Callable
@@ -167,7 +168,7 @@ def trace(model: nn.Module, example: Tensor, *, live: bool = False) -> Graph:
         with torch.set_grad_enabled(live):
             graph = _Builder(model, root, traced, example).build()
         with torch.no_grad():
-            check_values(graph, example)
+            check_values(graph, example, lambda: trace(copy.deepcopy(model).double(), example.double()))
     return graph
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,20 +53,22 @@ def _check_tensor(name: str, tensor: Tensor, example: Tensor) -> None:
         raise InvalidModel(f"{name!r} holds NaN or infinities", "finite weights", "train or load it again")
 
 
-def check_values(graph: Graph, example: Tensor) -> None:
+def check_values(graph: Graph, example: Tensor, in_double: Callable[[], object]) -> None:
     """Raise ``UnsupportedOperation`` unless the graph, evaluated through its rules, equals the model.
 
-    Two batch sizes, points near and far, every point twice; the model may not draw random numbers.
+    Two batch sizes, points near and far, every point twice; the model may not draw random numbers. Where float32 values
+    differ by more than is usual, but by less than a hundredth, rounding may be the reason (large weights that cancel):
+    ``in_double`` then decides, which traces the model in float64 and raises unless that agrees to a billionth.
     """
     generator = torch.Generator().manual_seed(0)
     devices = [example.device] if example.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         for batch, spread in ((2, 0.5), (3, 4.0)):
             noise = torch.randn((batch, *example.shape[1:]), generator=generator, dtype=torch.float64)
-            _compare(graph, example[:1] + spread * noise.to(example))
+            _compare(graph, example[:1] + spread * noise.to(example), in_double)
 
 
-def _compare(graph: Graph, x: Tensor) -> None:
+def _compare(graph: Graph, x: Tensor, in_double: Callable[[], object]) -> None:
     before, fed = _random_states(x.device), x.clone()
     try:
         want, again = graph.model(fed), graph.model(x.clone())
@@ -78,7 +81,10 @@ def _compare(graph: Graph, x: Tensor) -> None:
     if fed._version:
         raise UnsupportedOperation("a model that writes into its input", "a new value", "x = x - 1 instead of x -= 1")
     random = any(not torch.equal(a, b) for a, b in zip(before, _random_states(x.device), strict=True))
-    if random or got.shape != want.shape or len(want) != len(x) or not _close(got, want, again):
+    alike = not random and got.shape == want.shape and len(want) == len(x)
+    if alike and want.dtype == torch.float32 and not _close(got, want, again) and _close(got, want, again, 1e-2):
+        in_double()
+    elif not alike or not _close(got, want, again):
         raise UnsupportedOperation(
             f"the traced graph of {type(graph.model).__name__} does not compute what the model computes",
             "a forward that is a fixed function of x, sample by sample, without in-place side effects",
@@ -86,10 +92,11 @@ def _compare(graph: Graph, x: Tensor) -> None:
         )
 
 
-def _close(got: Tensor, want: Tensor, again: Tensor) -> bool:
-    """Whether the graph's values are the model's up to rounding, and the model's own values repeat."""
+def _close(got: Tensor, want: Tensor, again: Tensor, share: float | None = None) -> bool:
+    """Whether the graph's values are the model's up to ``share`` (of rounding), and the model's own values repeat."""
     scale = 1 + float(want.abs().max())
-    rounding = (1e-4 if want.dtype == torch.float32 else 1e-9) * scale
+    usual = 1e-4 if want.dtype == torch.float32 else 1e-9
+    rounding = (usual if share is None else share) * scale
     repeat = 64 * torch.finfo(want.dtype).eps * scale
     return bool(((got - want).abs() <= rounding).all() & ((want - again).abs() <= repeat).all())
 

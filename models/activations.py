@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from certify.errors import unknown_name
+from certify.errors import InvalidInput, unknown_name
 from models.kaf import KAF, TARGETS
 from models.kwta import KWTA
 from models.pssilu import PSSiLU
@@ -48,9 +48,38 @@ ACTIVATIONS: dict[str, Factory] = {
 
 
 def factory(activation: str | Factory) -> Factory:
-    """Return the factory of that name, or the one given. Raises ``InvalidInput`` for unknown names."""
+    """Return the factory of that name, or the one given.
+
+    A KAF's name may be followed by options of ``KAF``: "kaf-elu:ridge=auto,tails=linear". Raises ``InvalidInput`` for
+    unknown names and options.
+    """
     if callable(activation):
         return activation
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise unknown_name("activation", activation, ACTIVATIONS)
-    return ACTIVATIONS[activation]
+    name, _, words = activation.partition(":") if isinstance(activation, str) else (activation, "", "")
+    if name not in ACTIVATIONS:
+        raise unknown_name("activation", name, ACTIVATIONS)
+    made = ACTIVATIONS[name]
+    if not words:
+        return made
+    options = dict(_option(word) for word in words.split(","))
+    made = partial(made, **options)
+    try:
+        made(1)
+    except TypeError:
+        raise InvalidInput(
+            f"the activation {activation!r}", "options that it has", "kaf-elu:ridge=auto,tails=linear"
+        ) from None
+    return made
+
+
+def _option(word: str) -> tuple[str, str | int | float]:
+    """KEY=VALUE, the value as a number where it is one."""
+    key, sign, text = (part.strip() for part in word.partition("="))
+    if not (key and sign and text):
+        raise InvalidInput(f"the option {word!r} of an activation", "KEY=VALUE", "kaf-elu:ridge=auto,tails=linear")
+    for kind in (int, float):
+        try:
+            return key, kind(text)
+        except ValueError:
+            continue
+    return key, text

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune
 import certify
 import models
 from certify.errors import CertifyError, InvalidInput, InvalidModel, UnsupportedOperation
-from certify.graph import trace
+from certify.graph import Graph, trace
 
 X = torch.full((1, 4), 0.1)
 WIDE = certify.Box(X - 100, X + 100)
@@ -380,3 +380,31 @@ def test_a_kafs_base_must_be_one_function_for_all_channels():
         with pytest.raises(UnsupportedOperation):
             certify.bounds(models.KAF(4, base=base).eval(), WIDE)
     _holds_on_samples(models.KAF(4, base=nn.PReLU()).eval(), certify.Box(X - 3, X + 3))
+
+
+def test_rounding_of_large_weights_that_cancel_is_no_lie() -> None:
+    """Batch normalisation far from its mean, and a KAF of large weights, differ from their rules by rounding alone."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(4)
+    norm.running_mean.fill_(3e4)
+    model = nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 2)).eval()
+    with torch.no_grad():
+        model[0].bias.fill_(3e4)
+    graph = trace(model, torch.rand(2, 4))
+    assert len(graph.nodes) == 3
+
+
+@pytest.mark.parametrize("lie", [1.0005, 1.005, 1.5])
+def test_small_lies_are_refused_too(lie, monkeypatch):
+    """What float32 might explain, float64 does not."""
+    model, honest = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).eval(), Graph.forward
+
+    def lying(self, x):
+        found = honest(self, x)
+        found[self.output] = found[self.output] * lie
+        return found
+
+    trace(model, torch.rand(2, 3))
+    monkeypatch.setattr(Graph, "forward", lying)
+    with pytest.raises(UnsupportedOperation, match="does not compute"):
+        trace(model, torch.rand(2, 3))

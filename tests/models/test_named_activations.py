@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import certify
 from certify.errors import InvalidInput, UnsupportedOperation
 from certify.testing import check_activation
-from models import mlp
+from models import KAF, mlp
 from models.activations import ACTIVATIONS, factory
 from models.kwta import KWTA
 from models.pssilu import PSSiLU, PSSiLUFacts
@@ -46,6 +46,17 @@ def test_aliases_are_the_functions_they_name() -> None:
     assert torch.equal(factory("kaf-swish")(1)(x), factory("kaf-silu")(1)(x))
     with pytest.raises(InvalidInput, match="unknown activation"):
         factory("swash")
+
+
+def test_kafs_take_options_by_name() -> None:
+    kaf = factory("kaf-elu:ridge=auto,tails=linear,size=12")(3)
+    same = KAF(1, init="elu", size=12, ridge="auto")
+    assert (kaf.tails, len(kaf.dictionary), kaf.fit.ridge) == ("linear", 12, same.fit.ridge)
+    assert mlp([4, 3, 2], "kaf:bound=2.5").architecture["activation"] == "kaf:bound=2.5"
+    for bad in ("kaf:depth=3", "kaf:size", "relu:slope=1", "kaf:size=1", "swash:size=3"):
+        with pytest.raises(InvalidInput) as error:
+            factory(bad)
+        assert len(str(error.value).splitlines()) <= 3
 
 
 def winners(x: Tensor, ratio: float) -> Tensor:
