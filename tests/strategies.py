@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import certify
 import models
+from models.pssilu import PSSiLU
 
 
 class Function(nn.Module):
@@ -54,9 +55,13 @@ ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {
     "silu": lambda _: nn.SiLU(),
     "gelu": lambda _: nn.GELU(),
     "softplus": lambda _: nn.Softplus(2.0),
+    "hardswish": lambda _: nn.Hardswish(),
+    "hardsigmoid": lambda _: nn.Hardsigmoid(),
+    "pssilu": lambda _: PSSiLU(1.7, 0.2),
     "kaf": lambda channels: _kaf(channels, "random"),
     "kaf-elu": lambda channels: _kaf(channels, "elu"),
     "kaf-authors": lambda channels: _kaf(channels, "tanh", convention="authors"),
+    "kaf-tailed": lambda channels: _kaf(channels, "elu", bound=0.8, tails="linear"),
     "kaf-based": lambda channels: _kaf(channels, "random", base=nn.ELU(0.5)),
 }
 PIECEWISE = ("relu", "leaky", "prelu", "hardtanh", "relu6", "clamp", "abs")

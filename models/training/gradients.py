@@ -11,12 +11,14 @@ from models.training.adversary import attacked
 
 
 def gradient_norms(model: nn.Module, x: Float[Tensor, "n *shape"], y: Int[Tensor, "n"]) -> dict[str, float]:
-    """Return the l2 norm of the loss's gradient in the weight of every dense layer and convolution, in their order.
+    """Return the l2 norm of the loss's gradient in the weight of every trained dense layer and convolution, in order.
 
     In train mode, with the statistics of the batch; running statistics, modes and gradients are left as they are.
     """
-    layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
+    layers = {name: module for name, module in model.named_modules() if _is_trained(module)}
     weights = [module.weight for module in layers.values()]
+    if not weights:
+        return {}
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.train()
@@ -35,10 +37,13 @@ def gradient_ratio(norms: dict[str, float]) -> float:
     The last layer is the classifier, whose gradient says nothing of depth; with two layers it has to do.
     """
     values = list(norms.values())
+    if not values:
+        return float("nan")
     last = values[-2] if len(values) > 2 else values[-1]
     return values[0] / last if last else float("inf")
 
 
-def _is_layer(module: nn.Module) -> bool:
+def _is_trained(module: nn.Module) -> bool:
+    """Whether it is a dense layer or a convolution whose weight is trained."""
     weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.ndim >= 2
+    return isinstance(weight, nn.Parameter) and weight.ndim >= 2 and weight.requires_grad

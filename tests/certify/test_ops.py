@@ -225,6 +225,7 @@ CASES = {
         _fn(
             lambda x: F.relu(x) + F.leaky_relu(x, 0.2) + F.hardtanh(x, -0.2, 0.5) + F.relu6(x) + F.sigmoid(x)
             + F.tanh(x) + F.softplus(x, 2.0) + F.elu(x, 0.5) + F.silu(x) + F.gelu(x)
+            + F.hardswish(x) + F.hardsigmoid(x)
         ),
         (3,),
     ),
@@ -273,11 +274,12 @@ def test_the_cases_cover_both_registries():
     assert {str(target) for target in OPS if target not in met} == set()
     covered = {ACTIVATIONS[target] for target in ACTIVATIONS if target in met}
     shipped = {facts for facts in ACTIVATIONS.values() if issubclass(facts, Activation)}
-    assert {facts.__name__ for facts in shipped - covered} == {"KAFFacts"}
+    assert {facts.__name__ for facts in shipped - covered} == {"KAFFacts", "PSSiLUFacts"}
 
 
 @pytest.mark.parametrize("module", [nn.ReLU(), nn.LeakyReLU(0.3), nn.PReLU(3), nn.Hardtanh(), nn.ReLU6(), nn.Sigmoid(),
-                                    nn.Tanh(), nn.ELU(0.5), nn.SiLU(), nn.GELU(), nn.Softplus()])  # fmt: skip
+                                    nn.Tanh(), nn.ELU(0.5), nn.SiLU(), nn.GELU(), nn.Softplus(),
+                                    nn.Hardswish(), nn.Hardsigmoid()])  # fmt: skip
 def test_activation_modules_as_rules(module):
     check_op(nn.Sequential(nn.Conv1d(2, 3, 2), module, nn.Flatten(), nn.Linear(12, 2)), (2, 5))
 
