@@ -19,7 +19,7 @@ from certify.propagate.methods import CROWN
 from certify.rounding import FloatAnyOrder, Real
 
 NETS = ("dense relu", "dense leaky", "dense hardtanh", "dense sigmoid", "dense silu", "dense kaf", "images relu",
-        "images kaf-elu", "sequence", "graph 0", "graph 3")  # fmt: skip
+        "images kaf-elu", "sequence", "graph 2", "graph 3")  # fmt: skip
 
 
 def _question(name, radius=0.2, dtype=torch.float64):
@@ -115,7 +115,7 @@ def test_windows_are_met_by_the_gradient_test():
     assert any(plan_windows(graph, name) for name in graph.nodes)
 
 
-@pytest.mark.parametrize("name", ["dense relu", "dense kaf", "images relu", "graph 0"])
+@pytest.mark.parametrize("name", ["dense relu", "dense kaf", "images relu", "graph 2"])
 def test_every_bound_holds_for_float_executions(name):
     model, domain, spec = _question(name, dtype=torch.float32)
     method = AlphaCROWN(steps=4, inner_steps=2, goal=math.inf)
