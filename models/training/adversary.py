@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from certify.attacks.base import evaluating
 from models.training.recipe import CLIP, Threat
 
 #: A loss to be raised, from logits.
@@ -72,13 +73,8 @@ def attacked(model: nn.Module, statistics: str) -> Iterator[None]:
     Neither touches the running statistics: they are those of the images trained on. Modes come back afterwards.
     """
     if statistics == "running":
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
+        with evaluating(model):
             yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
         return
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for module in norms:
