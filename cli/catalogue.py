@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from cli.options import OutputOptions
 
 
@@ -9,23 +11,28 @@ def ops(output: OutputOptions) -> None:
     """List what is supported."""
     import certify  # noqa: F401  # fills the registries
     import models  # noqa: F401  # registers KAF
-    from certify import registry
+    from certify import Activation, registry
     from cli import output as out
     from cli.theme import table
     from models import activations, data, networks
     from models.training import RECIPES
 
     console = out.console(output.json)
+    known: dict[Any, Any] = {}
+    refused: dict[Any, Any] = {}
+    for target, facts in registry.ACTIVATIONS.items():
+        (known if isinstance(facts, type) and issubclass(facts, Activation) else refused)[target] = facts
     found = {
         "operations": _names(registry.OPS),
-        "activations": _names(registry.ACTIVATIONS),
+        "activations": _names(known),
+        "refused, with the reason": _names(refused),
         "bound methods": sorted(registry.METHODS),
         "attacks": sorted(registry.ATTACKS),
         "Lipschitz estimators": sorted(registry.ESTIMATORS),
         "networks to train": sorted(networks.NETWORKS),
         "activations to train": sorted(activations.ACTIVATIONS),
         "training recipes": sorted(RECIPES),
-        "data sets": ["digits", *data.TORCHVISION, "npz:PATH"],
+        "data sets": ["digits", *data.TORCHVISION, "npz:TEST", "npz:TRAIN,TEST"],
     }
     made = table("What is supported", "", "names")
     made.columns[1].justify, made.columns[1].overflow = "left", "fold"
