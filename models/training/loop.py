@@ -103,7 +103,13 @@ class Run:
         decay = config.optimizer.average
         average = None if decay is None else Average(model, decay)
         self.progress = Progress(model, optimizer, torch.Generator().manual_seed(config.seed), average)
-        self.steps_per_epoch = -(-len(self.train[0]) // config.batch)
+        self.steps_per_epoch = len(batches(torch.arange(len(self.train[0])), config.batch))
+        if 4 * self.group.size > min(config.batch, len(self.train[0])):
+            raise InvalidInput(
+                f"batches of {min(config.batch, len(self.train[0]))} for {self.group.size} processes",
+                "at least four images for each",
+                "a larger --batch, or fewer processes",
+            )
         if config.engine.compile == "kaf":
             fuse(model)
         elif config.engine.compile == "model":
@@ -172,7 +178,7 @@ class Run:
         recipe, memory = self.recipe, dict[str, Tensor]()
         order = torch.randperm(len(x), generator=self.progress.generator).to(self.device)
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for index, rows in enumerate(order.split(self.config.batch)):
+        for index, rows in enumerate(batches(order, self.config.batch)):
             draws = torch.rand(len(rows), 5, generator=self.progress.generator)[self.group.mine].to(self.device)
             mine = rows[self.group.mine]
             images = augmented(x[mine], self.config.augment, draws)
@@ -207,29 +213,36 @@ class Run:
         for rate, group in zip(self.rates, optimizer.param_groups, strict=True):
             group["lr"] = rate * height
         optimizer.zero_grad()
-        found = torch.zeros(2, dtype=torch.float64, device=self.device)
-        if len(batch.x):
-            with self._autocast():
-                outcome = recipe(batch)
-                loss = outcome.loss
-            extra = penalty(batch, config.penalties, recipe.threat)
-            # Every process averages over its own images: weighted so that the mean over processes is the step's.
-            weight = len(batch.x) * self.group.size / (batch.whole or len(batch.x))
-            ((loss if extra is None else loss + extra) * weight).backward()
-            hits = (outcome.logits.argmax(1) == batch.y).sum()
-            found = torch.stack([loss.detach().double() * len(batch.x), hits.double()])
+        with self._autocast():
+            outcome = recipe(batch)
+        loss, extra = outcome.loss, penalty(batch, config.penalties, recipe.threat)
+        # Every process averages over its own images: weighted so that the mean over processes is the step's.
+        weight = len(batch.x) * self.group.size / (batch.whole or len(batch.x))
+        ((loss if extra is None else loss + extra) * weight).backward()
+        hits = (outcome.logits.argmax(1) == batch.y).sum()
         self.group.average(self.model)
         if config.optimizer.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip)
         optimizer.step()
         if self.progress.average is not None:
             self.progress.average.update(self.model)
-        return found
+        return torch.stack([loss.detach().double() * len(batch.x), hits.double()])
 
     def _autocast(self) -> AbstractContextManager[None]:
         wanted, kind = self.config.engine.precision, self.device.type
         low = wanted == "bfloat16" or (wanted == "auto" and kind == "cuda")
         return torch.autocast(kind, dtype=torch.bfloat16, enabled=low)
+
+
+def batches(order: Tensor, size: int) -> list[Tensor]:
+    """Return ``order`` in parts of ``size``; a rest of less than a quarter of that joins the part before.
+
+    So no step sees a single image, whose deviation batch normalisation could not tell, and every process has its share.
+    """
+    parts = list(order.split(size))
+    if len(parts) > 1 and 4 * len(parts[-1]) < size:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
 
 
 def _save(place: Path, run: Run, data: Dataset) -> None:

@@ -17,7 +17,7 @@ from models import KAF, mlp
 from models.checkpoint import load
 from models.data import Dataset, subset
 from models.data import load as load_data
-from models.networks import Network
+from models.networks import Network, architecture, build
 from models.training import (
     RECIPES,
     Augment,
@@ -34,6 +34,7 @@ from models.training import (
     find_rate,
     train,
 )
+from models.training.loop import batches
 from models.training.records import overfits
 from models.training.validation import accuracy, certified_accuracy, robust_accuracy
 
@@ -297,6 +298,23 @@ def test_kaf_parameters_see_no_weight_decay(digits: Dataset) -> None:
     assert torch.equal(model.act1.alpha, alpha)
     assert not torch.equal(model.linear1.weight, weight)
     assert isinstance(model.act1, KAF)
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "expected"),
+    [(300, 128, [128, 128, 44]), (257, 128, [128, 129]), (1, 8, [1]), (8, 8, [8]), (9, 8, [9]), (10, 8, [8, 2])],
+)
+def test_small_rests_join_the_batch_before(count: int, size: int, expected: list[int]) -> None:
+    parts = batches(torch.arange(count), size)
+    assert [len(part) for part in parts] == expected
+    assert torch.equal(torch.cat(parts), torch.arange(count))
+
+
+def test_a_single_image_left_over_does_not_stop_batch_normalisation(digits: Dataset) -> None:
+    data = replace(digits, train_x=digits.train_x[:65], train_y=digits.train_y[:65])
+    torch.manual_seed(0)
+    model = build(architecture("cnn7", data.input_shape, 10, "relu", width=2), seed=0)
+    assert len(train(model, data, TrainConfig(epochs=1, batch=64)).records) == 1
 
 
 def test_a_diverging_run_says_so(digits: Dataset) -> None:
