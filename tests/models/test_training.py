@@ -286,6 +286,23 @@ def test_a_full_disk_is_told_in_three_lines_and_the_last_checkpoint_stays(
     assert equal(resumed.model, train(network(), digits, config).model)
 
 
+def test_a_folder_that_cannot_be_written_is_told_in_three_lines(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InvalidFile, match="cannot write") as error:
+        train(network(), digits, TrainConfig(epochs=1), directory=tmp_path / "file")
+    assert len(str(error.value).splitlines()) == 3
+    assert (tmp_path / "file").read_text() == "mine"
+
+    def read_only(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkstemp", read_only)
+    with pytest.raises(InvalidFile, match="permission denied"):
+        train(network(), digits, TrainConfig(epochs=1), directory=tmp_path / "sealed")
+
+
 def test_kaf_parameters_see_no_weight_decay(digits: Dataset) -> None:
     """With a zero gradient only weight decay moves a parameter: it must not touch alpha."""
     model = network()
