@@ -23,9 +23,9 @@ KAF = {"engine": {"device": "cpu", "compile": "kaf"}, "optimizer": {"kaf_lr": 0.
 RADII = {False: 0.3, True: 0.1}
 CASES = {
     "fast-relu": (ADVERSARIAL, "relu", 12),
-    "fast-kaf": (ADVERSARIAL | KAF, "kaf-relu", 12),
+    "fast-kaf": (ADVERSARIAL | KAF, "kaf-relu:ridge=auto", 12),
     "ibp-relu": (CERTIFIED, "relu", 20),
-    "ibp-kaf": (CERTIFIED | KAF, "kaf-relu", 12),
+    "ibp-kaf": (CERTIFIED | KAF, "kaf-relu:ridge=auto", 12),
 }
 
 
