@@ -135,16 +135,13 @@ def gradients(found: Diagnosis, log: Sequence[Mapping[str, Any]]) -> Figure:
 
 def histograms(found: Sequence[Histogram]) -> Figure:
     """Return the pre-activations of every layer, clean and attacked."""
-    columns = min(4, len(found))
-    rows = -(-len(found) // columns)
-    made, axes = figure(2.6 * columns, 2.0 * rows, rows=rows, columns=columns)
-    for place, histogram in zip(axes, found, strict=False):
+    made, axes = _grid(len(found))
+    for place, histogram in zip(axes, found, strict=True):
         place.stairs(histogram.clean, histogram.edges, label="clean")
         place.stairs(histogram.attacked, histogram.edges, label="attacked")
         place.set_title(histogram.layer, fontsize=8)
         place.set_yticks([])
         place.tick_params(labelsize=7)
-    _blank(axes[len(found) :])
     handles, labels = axes[0].get_legend_handles_labels()
     made.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
     return made
@@ -152,23 +149,25 @@ def histograms(found: Sequence[Histogram]) -> Figure:
 
 def shapes(found: Sequence[Shape]) -> Figure:
     """Return the learned functions of every KAF layer: all channels thin, their mean thick."""
-    columns = min(4, len(found))
-    rows = -(-len(found) // columns)
-    made, axes = figure(2.6 * columns, 2.0 * rows, rows=rows, columns=columns)
-    for place, shape in zip(axes, found, strict=False):
+    made, axes = _grid(len(found))
+    for place, shape in zip(axes, found, strict=True):
         for values in shape.values[:CURVES]:
             place.plot(shape.places, values, color=COLOURS[0], alpha=0.25, linewidth=0.6)
         mean = [sum(column) / len(shape.values) for column in zip(*shape.values, strict=True)]
         place.plot(shape.places, mean, color=COLOURS[1], linewidth=1.5)
         place.set_title(f"{shape.layer}: f' in [{shape.slope[0]:.2g}, {shape.slope[1]:.2g}]", fontsize=8)
         place.tick_params(labelsize=7)
-    _blank(axes[len(found) :])
     return made
 
 
-def _blank(axes: Sequence[Axes]) -> None:
-    for place in axes:
-        place.set_visible(False)
+def _grid(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure of so many small axes, four in a row."""
+    columns = min(4, count)
+    rows = -(-count // columns)
+    made, axes = figure(2.6 * columns, 2.0 * rows, rows=rows, columns=columns)
+    for spare in axes[count:]:
+        spare.set_visible(False)
+    return made, axes[:count]
 
 
 def _turn(items: Sequence[str], index: int) -> str:
