@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from analysis.plain import Record
 from certify.errors import InvalidInput
@@ -214,3 +214,29 @@ class NetworkReport(Record):
     normalisation: str
     evaluation: Evaluation
     layers: Sensitivity | None = None
+
+
+@dataclass(frozen=True)
+class Course(Record):
+    """How a run went: ``machine`` in words and ``seconds`` by network and task. Never part of what was found."""
+
+    machine: str
+    seconds: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Report(Record):
+    """All that a page, a table or a file of results shows; nothing else is consulted to render it.
+
+    ``arguments`` are the command's settings as given, ``samples`` a sentence about the samples, ``versions`` those of
+    the packages, ``warnings`` what lowers trust in the numbers. ``course`` is None where nobody kept it.
+    """
+
+    command: str
+    arguments: dict[str, Any]
+    samples: str
+    seed: int
+    versions: dict[str, str]
+    networks: tuple[NetworkReport, ...]
+    warnings: tuple[str, ...] = ()
+    course: Course | None = None
