@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
+from certify.draws import Draws, Source
 from certify.duality import l1_dual, l1_shrink, l2_dual, l2_scale
 from certify.enclosures import Interval
 from certify.errors import InvalidInput
@@ -34,6 +35,7 @@ class PerturbationSet(ABC):
 
     center: Tensor
     hull: Interval
+    _ends: tuple[Tensor, Tensor] | None = None
 
     @property
     def batch(self) -> int:
@@ -94,22 +96,37 @@ class PerturbationSet(ABC):
     def double(self) -> PerturbationSet:
         """Return the same sets with their centres in float64, exactly."""
         twin = copy.copy(self)
-        twin.center = self.center.double()
+        twin.center, twin._ends = self.center.double(), None
         return twin
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n batch *shape"]:
-        """Return ``n`` random points of each set: uniform in the bounding box, then projected."""
-        device = generator.device if generator is not None else self.center.device
-        draws = torch.rand((n, *self.center.shape), dtype=torch.float64, generator=generator, device=device)
-        points = self.hull.lower + draws.to(self.center.device) * self.hull.width
+    def sample(self, n: int, generator: Source | Draws = None) -> Float[Tensor, "n batch *shape"]:
+        """Return ``n`` random points of each set: uniform in the bounding box, then projected.
+
+        With ``Draws``, or a seed per sample, a sample's points depend on nothing but its own stream.
+        """
+        device = self.center.device
+        draws = generator if isinstance(generator, Draws) else Draws.of(generator, self.batch, device)
+        shares = draws.uniform(n, *self.shape).transpose(0, 1)
+        points = self.hull.lower + shares * self.hull.width
         return torch.stack([self.project(point.to(self.center.dtype)) for point in points])
 
     def _inward(self, x: Tensor) -> Tensor:
         """Clamp ``x`` to the floats inside the hull (the centre is one of them)."""
-        dtype = self.center.dtype
-        lower = torch.minimum(round_up(self.hull.lower, dtype), self.center)
-        upper = torch.maximum(round_down(self.hull.upper, dtype), self.center)
-        return torch.minimum(torch.maximum(x, lower), upper)
+        return torch.clamp(x, *self._floats)
+
+    @property
+    def _floats(self) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest floats inside the hull, elementwise; found once, for attacks ask often."""
+        if self._ends is None:
+            dtype = self.center.dtype
+            lower = torch.minimum(round_up(self.hull.lower, dtype), self.center)
+            upper = torch.maximum(round_down(self.hull.upper, dtype), self.center)
+            self._ends = self._tightened(lower), self._tightened(upper)
+        return self._ends
+
+    def _tightened(self, end: Tensor) -> Tensor:
+        """The float nearest to ``end``, towards the centre, that lies in the set: the hull may be rounded outward."""
+        return end
 
     def _in_hull(self, x: Tensor) -> Tensor:
         inside = (x.double() >= self.hull.lower) & (x.double() <= self.hull.upper)
@@ -154,7 +171,7 @@ class Box(PerturbationSet):
         return self._inward(torch.where(a == 0, self.center.double(), ends).to(self.center.dtype))
 
     def stride(self, a: Float[Tensor, "batch *shape"], length: float | None) -> Float[Tensor, "batch *shape"]:
-        return a.sign() * ((self.hull.width / 2).to(a.dtype) if length is None else length)
+        return a.sign().mul_((self.hull.width / 2).to(a.dtype) if length is None else length)
 
     def project(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
         return self._inward(x)
@@ -184,7 +201,7 @@ class LpBall(PerturbationSet):
         if p not in (1, 2, torch.inf):
             raise InvalidInput(f"p = {p!r}", "p = 1, 2 or inf", "p=torch.inf for pixelwise perturbations")
         self.center, self.p = center.detach().clone(), float(p)  # the caller may write into its own tensor
-        self.radius = _radii(radius, center)
+        self.radius, self.clip = _radii(radius, center), clip
         reach = self.radius.view(-1, *[1] * (center.ndim - 1))
         lower, upper = step_down(center.double() - reach), step_up(center.double() + reach)
         # Where the radius is 0 the ball is its centre; outward steps would let fixed features move.
@@ -199,11 +216,18 @@ class LpBall(PerturbationSet):
                 )
             lower, upper = torch.maximum(lower, low), torch.minimum(upper, high)
         self.hull = Interval(lower, upper)
-        self._clipped = clip is not None
 
     @property
     def is_box(self) -> bool:
         return self.p == torch.inf
+
+    def with_radius(self, radius: Radius) -> LpBall:
+        """Return the balls of another radius around the same centres, in the same data range."""
+        return LpBall(self.center, radius, self.p, self.clip)
+
+    def distance(self, x: Float[Tensor, "batch *shape"]) -> Float64[Tensor, "batch"]:
+        """Return ||x - center||_p in float64: how far each x is, in the norm of the set."""
+        return torch.linalg.vector_norm((x.double() - self.center.double()).flatten(1), ord=self.p, dim=1)
 
     def support(self, a: Float[Tensor, "n *shape"]) -> Float64[Tensor, "n"]:
         if self.p == torch.inf:
@@ -211,7 +235,7 @@ class LpBall(PerturbationSet):
         b, center = a.double().flatten(1), self.center.double().flatten(1)
         magnitude, cap = b.abs(), self._caps(b)
         radius = self.radius.expand(len(b)) if len(self.radius) == 1 else self.radius
-        if not self._clipped:
+        if self.clip is None:
             dual = magnitude.amax(1) if self.p == 1 else torch.linalg.vector_norm(magnitude, dim=1)
             rise = radius * dual
         elif self.p == 1:
@@ -224,7 +248,7 @@ class LpBall(PerturbationSet):
     def steepest(self, a: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
         if self.p == torch.inf:
             ends = torch.where(a > 0, self.hull.upper, self.hull.lower)
-            return self._cornered(torch.where(a == 0, self.center.double(), ends).to(self.center.dtype))
+            return self._inward(torch.where(a == 0, self.center.double(), ends).to(self.center.dtype))
         b = a.double().flatten(1)
         magnitude, cap = b.abs(), self._caps(b)
         if self.p == 1:
@@ -242,7 +266,7 @@ class LpBall(PerturbationSet):
         radius = self.radius.to(a.dtype).view(-1, *[1] * (a.ndim - 1))
         size = radius if length is None else torch.full_like(radius, length)
         if self.p == torch.inf:
-            return a.sign() * size
+            return a.sign().mul_(size)
         if self.p == 2:
             norm = torch.linalg.vector_norm(a.double().flatten(1), dim=1).view_as(radius)
             return (a / torch.where(norm > 0, norm, 1)).to(a.dtype) * size
@@ -251,7 +275,7 @@ class LpBall(PerturbationSet):
 
     def project(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
         if self.p == torch.inf:
-            return self._cornered(x)
+            return self._inward(x)
         v = (x.double() - self.center.double()).flatten(1)
         magnitude, cap = v.abs(), self._caps(v)
         if self.p == 2:  # KKT: min(|v| t, cap) with t <= 1
@@ -265,13 +289,14 @@ class LpBall(PerturbationSet):
         inside = self._in_hull(x)
         if self.p == torch.inf:
             return inside & ~_distance_exceeds(x, self.center, self.radius).flatten(1).any(1)
-        distance = (x.double() - self.center.double()).flatten(1)
-        norm = torch.linalg.vector_norm(distance, ord=self.p, dim=1)
-        return inside & (norm * (1 + gamma(distance.shape[1] + 8, torch.float64)) <= self.radius)
+        error = gamma(self.center[0].numel() + 8, torch.float64)
+        return inside & (self.distance(x) * (1 + error) <= self.radius)
 
     def take(self, index: Int[Tensor, "n"]) -> LpBall:
         taken = _view(self, index)
         taken.radius = self.radius[index]
+        if self.clip is not None:
+            taken.clip = _taken(self.clip[0], self.center, index), _taken(self.clip[1], self.center, index)
         return taken
 
     def _caps(self, direction: Tensor) -> Tensor:
@@ -280,12 +305,11 @@ class LpBall(PerturbationSet):
         up, down = ((step_up(end)).flatten(1) for end in (self.hull.upper - center, center - self.hull.lower))
         return torch.where(direction > 0, up, down).clamp(min=0)
 
-    def _cornered(self, x: Tensor) -> Tensor:
-        """Clamp ``x`` to the linf ball's own floats: the ends of its hull were rounded outward."""
-        x = self._inward(x)
-        while bool((outside := _distance_exceeds(x, self.center, self.radius)).any()):
-            x = torch.where(outside, torch.nextafter(x, self.center), x)
-        return x
+    def _tightened(self, end: Tensor) -> Tensor:
+        if self.p == torch.inf:
+            while bool((outside := _distance_exceeds(end, self.center, self.radius)).any()):
+                end = torch.where(outside, torch.nextafter(end, self.center), end)
+        return end
 
     def _land(self, x: Tensor) -> Tensor:
         """Round float64 points to the dtype towards the centre, and inside the ball whatever the rounding did."""
@@ -306,7 +330,15 @@ def _view(domain: SetT, index: Tensor) -> SetT:
     taken = object.__new__(type(domain))
     taken.__dict__.update(domain.__dict__)
     taken.center, taken.hull = domain.center[index], domain.hull[index]
+    if domain._ends is not None:
+        taken._ends = domain._ends[0][index], domain._ends[1][index]
     return taken
+
+
+def _taken(end: float | Tensor, center: Tensor, index: Tensor) -> float | Tensor:
+    """An end of the data range for the samples ``index``: one of its own per sample, or the same for all."""
+    per_sample = isinstance(end, Tensor) and end.ndim == center.ndim and len(end) == len(center)
+    return end[index] if isinstance(end, Tensor) and per_sample else end
 
 
 def _check_points(name: str, x: Tensor) -> None:
@@ -363,7 +395,9 @@ def _distance_exceeds(x: Tensor, center: Tensor, radius: Tensor) -> Tensor:
     a, b = x.double(), center.double()
     reach = radius.view(-1, *[1] * (x.ndim - 1))
     s = a - b
-    t = s - a
-    error = (a - (s - t)) - (b + t)
-    error = torch.where(s < 0, -error, error)
-    return (s.abs() > reach) | ((s.abs() == reach) & (error > 0))
+    exceeds, equal = s.abs() > reach, s.abs() == reach
+    if bool(equal.any()):  # then the rounding of the difference decides
+        t = s - a
+        error = (a - (s - t)) - (b + t)
+        exceeds |= equal & (torch.where(s < 0, -error, error) > 0)
+    return exceeds

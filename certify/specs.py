@@ -37,6 +37,11 @@ class Spec:
         """The number of samples."""
         return self.C.shape[0]
 
+    @property
+    def all_rows(self) -> Int[Tensor, "batch"]:
+        """The goal of an attack that aims at all rows at once: -1 for every sample."""
+        return torch.full((self.batch,), -1, device=self.C.device)
+
     def rows(self, y: Float[Tensor, "batch *outputs"]) -> Float64[Tensor, "batch rows"]:
         """Return C y + d in float64 (differentiable): positive where the claim holds at the outputs ``y``."""
         return torch.einsum("bro,bo->br", self.C.double(), y.flatten(1).double()) + self.d.double()

@@ -111,7 +111,7 @@ def clip_forgotten(patch: Patch) -> None:
 
     def init(self: LpBall, *arguments: Any, **options: Any) -> None:
         before(self, *arguments, **options)
-        self._clipped = False
+        self.clip = None
 
     patch.setattr(LpBall, "__init__", init)
 

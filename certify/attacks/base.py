@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import final
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
+from certify.attacks.losses import Loss
+from certify.draws import Draws, Source
 from certify.errors import InvalidInput, InvalidModel
 from certify.results import AttackResult
 from certify.rounding import ieee
 from certify.sets import PerturbationSet
 from certify.specs import Spec
-
-#: A loss to be raised, per sample, from the rows that must stay positive.
-Loss = Callable[[Float64[Tensor, "batch rows"]], Float64[Tensor, "batch"]]
-
-
-def margin_loss(rows: Float64[Tensor, "batch rows"]) -> Float64[Tensor, "batch"]:
-    """Return -min row: positive where the claim is broken."""
-    return -rows.amin(1)
-
-
-def cross_entropy(rows: Float64[Tensor, "batch rows"]) -> Float64[Tensor, "batch"]:
-    """Return log sum exp(-rows), which rises exactly where cross-entropy log(1 + sum exp(-rows)) does.
-
-    Its gradient has the same direction and never vanishes, however confident the network is.
-    """
-    return torch.logsumexp(-rows, 1)
-
-
-LOSSES: dict[str, Loss] = {"margin": margin_loss, "ce": cross_entropy}
 
 
 class Objective:
@@ -52,16 +36,20 @@ class Objective:
             return self._rows(x, spec)
 
     def gradient(
-        self, x: Float[Tensor, "n *shape"], spec: Spec, loss: Loss
+        self, x: Float[Tensor, "n *shape"], spec: Spec, loss: Loss, goal: Int[Tensor, "n"] | None = None
     ) -> tuple[Float64[Tensor, "n rows"], Float[Tensor, "n *shape"]]:
-        """Return the rows at ``x`` and the gradient of the loss with respect to ``x`` alone."""
-        with torch.inference_mode(False), torch.enable_grad():
-            point = x.detach().clone().requires_grad_()
+        """Return the rows at ``x`` and the gradient of the loss with respect to ``x`` alone.
+
+        ``goal`` are the rows aimed at, -1 (and None) meaning all at once.
+        """
+        goal = spec.all_rows if goal is None else goal
+        with torch.enable_grad():
+            point = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
             rows = self._rows(point, spec)
             if not rows.requires_grad:  # constant outputs
                 return rows, torch.zeros_like(point)
-            (gradient,) = torch.autograd.grad(loss(rows).sum(), point, materialize_grads=True)
-        return rows.detach(), gradient.nan_to_num(nan=0.0)
+            (gradient,) = torch.autograd.grad(loss(rows, goal).sum(), point, materialize_grads=True)
+        return rows.detach(), gradient.nan_to_num_(nan=0.0)
 
     def _rows(self, x: Tensor, spec: Spec) -> Tensor:
         y = self.model(x)
@@ -87,9 +75,12 @@ class Attack(ABC):
 
     @abstractmethod
     def search(
-        self, objective: Objective, domain: PerturbationSet, spec: Spec, generator: torch.Generator | None
+        self, objective: Objective, domain: PerturbationSet, spec: Spec, draws: Draws
     ) -> Float[Tensor, "batch *shape"]:
-        """Return one candidate per sample; the model is in eval mode. Nothing here is trusted."""
+        """Return one candidate per sample; the model is in eval mode. Nothing here is trusted.
+
+        ``spec`` is in float64. ``draws`` hold one stream of random numbers per sample.
+        """
 
     @final
     def __call__(
@@ -98,26 +89,51 @@ class Attack(ABC):
         domain: PerturbationSet,
         spec: Spec,
         *,
-        generator: torch.Generator | None = None,
+        generator: Source = None,
     ) -> AttackResult:
         """Return the worse of the candidate and the centre of the set, per sample, re-evaluated in eval mode.
 
-        A candidate outside the set counts as the centre; ``success`` needs a row < 0. The modules' modes come
-        back also after an error, and gradients of the parameters are left alone. Raises ``InvalidInput`` if
-        model, domain and spec do not fit each other, ``InvalidModel`` for outputs that are not finite.
+        A candidate outside the set counts as the centre; ``success`` needs a row < 0, in the model's arithmetic and in
+        float64: where float64 disagrees, its rows are the margin. ``generator`` may also be one integer seed per sample
+        [batch]: a sample's random numbers then depend on nothing else. The modules' modes come back also after an
+        error, and gradients of the parameters are left alone. Raises ``InvalidInput`` if model, domain and spec do not
+        fit each other, ``InvalidModel`` for outputs that are not finite.
         """
         _check_fit(model, domain, spec)
-        objective = Objective(model)
-        with evaluating(model):
-            found = self.search(objective, domain, spec, generator).detach()
-            candidate = _inside(found, domain, type(self).__name__)
-            with torch.autocast(domain.center.device.type, enabled=False), ieee():
-                center_rows = objective.rows(domain.center, spec)
-                rows = objective.rows(candidate, spec)
-        worse = rows.amin(1) < center_rows.amin(1)
-        margin = torch.where(worse[:, None], rows, center_rows)
-        witness = torch.where(_like(worse, candidate), candidate, domain.center)
+        center, objective = domain.center, Objective(model)
+        plain = torch.inference_mode(False), torch.no_grad(), torch.autocast(center.device.type, enabled=False)
+        with evaluating(model), plain[0], plain[1], plain[2]:
+            spec = Spec(spec.C.to(torch.float64, copy=True), spec.d.to(torch.float64, copy=True))
+            draws = Draws.of(generator, domain.batch, center.device)
+            candidate = _inside(self.search(objective, domain, spec, draws).detach(), domain, type(self).__name__)
+            with ieee():
+                center_rows, rows = objective.rows(center, spec), objective.rows(candidate, spec)
+                worse = rows.amin(1) < center_rows.amin(1)
+                margin = torch.where(worse[:, None], rows, center_rows)
+                witness = torch.where(_like(worse, candidate), candidate, center)
+                margin = _confirmed(objective, witness, margin, spec)
         return AttackResult(witness, margin, margin.amin(1) < 0, objective.queries)
+
+
+def _confirmed(objective: Objective, witness: Tensor, margin: Tensor, spec: Spec) -> Tensor:
+    """The margins, with those of float64 where a broken row is mended by it: rounding alone breaks no claim."""
+    broken = (margin.amin(1) < 0).nonzero()[:, 0]
+    if len(broken) == 0 or witness.dtype == torch.float64:
+        return margin
+    twin = Objective(copy.deepcopy(objective.model).double())
+    try:
+        rows = twin.rows(witness[broken].double(), spec.take(broken))
+    except RuntimeError as error:
+        raise InvalidModel(
+            f"the model does not run in float64: {error}"[:200],
+            "a model without dtypes of its own: what an attack finds is confirmed in float64",
+            "make tensors in forward with x.new_zeros, or like x",
+        ) from None
+    objective.queries += twin.queries
+    mended = rows.amin(1) >= 0
+    margin = margin.clone()
+    margin[broken[mended]] = rows[mended]
+    return margin
 
 
 @contextmanager
@@ -140,7 +156,10 @@ def _inside(found: Tensor, domain: PerturbationSet, name: str) -> Tensor:
             f"{tuple(domain.center.shape)} {domain.center.dtype}",
             "return one candidate per sample",
         )
-    points = torch.where(_like(domain.contains(found), found), found, domain.project(found))
+    inside = domain.contains(found)
+    if bool(inside.all()):
+        return found
+    points = torch.where(_like(inside, found), found, domain.project(found))
     return torch.where(_like(domain.contains(points), points), points, domain.center)
 
 

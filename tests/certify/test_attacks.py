@@ -119,7 +119,8 @@ def test_restarts_beyond_one_pass_are_still_made(monkeypatch: pytest.MonkeyPatch
     model, domain, spec = _question(batch=8)
     monkeypatch.setattr("certify.attacks.pgd.POINTS", 16)
     result = PGD(restarts=5, early_stop=False, steps=3)(model, domain, spec)
-    assert result.queries == 8 * (5 * 4 + 2)
+    broken = int((result.margin.amin(1) < 0).sum())
+    assert result.queries == 8 * (5 * 4 + 2) + broken, "and those broken once more, in float64"
 
 
 def test_the_same_seed_gives_the_same_points_and_leaves_the_global_state_alone() -> None:
