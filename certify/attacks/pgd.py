@@ -12,17 +12,13 @@ from torch import Tensor
 
 from certify.attacks.base import Attack, Objective
 from certify.attacks.losses import LOSSES, Loss
+from certify.attacks.points import Points, climb_all
 from certify.attacks.worst import Worst
 from certify.draws import Draws
 from certify.errors import InvalidInput
 from certify.registry import lookup, register_attack
 from certify.sets import PerturbationSet
 from certify.specs import Spec
-
-#: Restarts are folded into the batch up to this many points per forward pass.
-POINTS = 1024
-#: Broken samples leave the batch when they are more than this share of it: gathering the others has its price.
-LEAVE = 0.05
 
 
 @register_attack("pgd")
@@ -79,17 +75,12 @@ class PGD(Attack):
     def search(
         self, objective: Objective, domain: PerturbationSet, spec: Spec, draws: Draws
     ) -> Float[Tensor, "batch *shape"]:
-        worst = Worst(domain)
-        trials = self._goals(spec).repeat_interleave(self.restarts)
-        for goals in trials.split(max(1, POINTS // domain.batch)):
-            # Starts are drawn for every sample, so that no sample's fate depends on another's.
-            starts = self._starts(domain, len(goals), draws)
-            alive = worst.whole if self.early_stop else torch.arange(domain.batch, device=starts.device)
-            if len(alive) == 0:
-                break
-            owner, goal = alive.repeat(len(goals)), goals.repeat_interleave(len(alive))
-            _climb(self, objective, _Climb(domain, spec, starts[:, alive].flatten(0, 1), owner, goal), worst)
-        return worst.points
+        goals = self._goals(spec).repeat_interleave(self.restarts).expand(domain.batch, -1)
+
+        def climb(points: Points, worst: Worst) -> None:
+            _climb(self, objective, points, worst)
+
+        return climb_all(domain, spec, goals, climb, draws if self.random_start else None, early_stop=self.early_stop)
 
     def _goals(self, spec: Spec) -> Int[Tensor, "trials"]:
         """Rows to attack one by one; -1 stands for all at once."""
@@ -102,56 +93,25 @@ class PGD(Attack):
             raise InvalidInput(f"target={self.target}", f"a row in 0..{rows - 1}, or 'each'", "target=None")
         return torch.tensor([self.target], device=device)
 
-    def _starts(self, domain: PerturbationSet, n: int, draws: Draws) -> Float[Tensor, "n batch *shape"]:
-        if self.random_start:
-            return domain.sample(n, draws)
-        return domain.center.expand(n, *domain.center.shape)
 
-
-class _Climb:
-    """Points climbing side by side, each owned by a sample; those of broken samples leave the batch."""
-
-    def __init__(
-        self,
-        domain: PerturbationSet,
-        spec: Spec,
-        x: Float[Tensor, "points *shape"],
-        owner: Int[Tensor, "points"],
-        goal: Int[Tensor, "points"],
-    ) -> None:
-        self.domain, self.spec = domain.take(owner), spec.take(owner)
-        self.x, self.owner, self.goal = x, owner, goal
-
-    def keep(self, active: Int[Tensor, "active"]) -> None:
-        """Go on with the points ``active`` alone."""
-        self.domain, self.spec = self.domain.take(active), self.spec.take(active)
-        self.x, self.owner, self.goal = self.x[active], self.owner[active], self.goal[active]
-
-
-def _climb(options: PGD, objective: Objective, points: _Climb, worst: Worst) -> None:
+def _climb(options: PGD, objective: Objective, points: Points, worst: Worst) -> None:
     """Let all points climb, and ``worst`` meet every place they come by."""
-    velocity: Tensor | None = None
     for k, (length, share) in enumerate(options.lengths()):
         loss = options.losses[2 * k >= options.steps]
         rows, gradient = objective.gradient(points.x, points.spec, loss, points.goal)
         worst.meet(points.x, rows.amin(1), points.owner)
-        if options.momentum:
-            velocity = _gathered(velocity, gradient, options.momentum)
-        if options.early_stop:
-            active = (~worst.broken[points.owner]).nonzero()[:, 0]
-            if len(active) == 0:
-                return
-            if len(active) < (1 - LEAVE) * len(points.x):
-                points.keep(active)
-                gradient = gradient[active]
-                velocity = None if velocity is None else velocity[active]
-        along = gradient if velocity is None else velocity
-        points.x = points.domain.project(points.domain.stride(along, length).mul_(share).add_(points.x))
+        points.state["along"] = _gathered(points.state.get("along"), gradient, options.momentum)
+        if options.early_stop and not points.without(worst):
+            return
+        stride = points.domain.stride(points.state["along"], length)
+        points.x = points.domain.project(stride.mul_(share).add_(points.x))
     worst.meet(points.x, objective.rows(points.x, points.spec).amin(1), points.owner)
 
 
 def _gathered(velocity: Tensor | None, gradient: Tensor, decay: float) -> Tensor:
     """The running sum of gradients, each first brought to l1 norm 1: sizes differ by orders along a path."""
+    if decay == 0:
+        return gradient
     size = gradient.flatten(1).abs().sum(1).view(-1, *[1] * (gradient.ndim - 1))
     unit = gradient / torch.where(size > 0, size, 1)
     return unit if velocity is None else decay * velocity + unit

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from certify.attacks import FGSM
 from certify.errors import InvalidInput, InvalidModel
 from models import checkpoint
 from models.data import Dataset, subset
@@ -28,7 +29,7 @@ from models.training.recipe import Batch, Recipe
 from models.training.records import EpochRecord, OnEpoch, Status, TrainingResult, overfits
 from models.training.resume import Progress, load_progress, save_progress
 from models.training.schedule import share
-from models.training.validation import accuracy, certified_accuracy, robust_accuracy
+from models.training.validation import PROBE, accuracy, certified_accuracy, robust_accuracy
 
 
 def train(
@@ -134,15 +135,12 @@ class Run:
         self.model.eval()
         average = progress.average
         with nullcontext() if average is None else average.worn(self.model):
-            clean, robust, certified = self._validate()
             record = EpochRecord(
                 epoch=progress.epoch + 1,
                 recipe=name,
                 loss=loss,
                 train_accuracy=hits,
-                val_accuracy=clean,
-                val_robust=robust,
-                val_certified=certified,
+                **self._validated(),
                 lr=progress.optimizer.param_groups[0]["lr"],
                 seconds=time.perf_counter() - started,
                 images_per_second=len(self.train[0]) / trained,
@@ -155,22 +153,24 @@ class Run:
     def _watch(self) -> None:
         """Note overfitting to the recipe's own attack, and go back to the best weights where it will be switched."""
         progress = self.progress
-        if self.config.recipe.one_step and overfits(progress.records) and not progress.overfitted:
+        if overfits(progress.records[-1]) and not progress.overfitted:
             progress.overfitted.append(progress.epoch)
             if self.config.watch.overfitting == "switch":
                 self.model.load_state_dict(progress.best)
                 if progress.average is not None:
                     progress.average.state.update({name: value.clone() for name, value in progress.best.items()})
 
-    def _validate(self) -> tuple[float, float | None, float | None]:
+    def _validated(self) -> dict[str, float]:
         """Return accuracies on the validation images: clean, attacked and certified."""
-        threat, clean = self.recipe.threat, accuracy(self.model, *self.val)
-        if threat is None:
-            return clean, None, None
-        robust = robust_accuracy(self.model, *self.probe, threat, classes=self.classes)
-        if not (self.recipe.certified or self.config.watch.certify):
-            return clean, robust, None
-        return clean, robust, certified_accuracy(self.model, *self.probe, threat, classes=self.classes)
+        recipe, threat = self.recipe, self.recipe.threat
+        found = {"val_accuracy": accuracy(self.model, *self.val)}
+        if threat is not None:
+            found["val_robust"] = robust_accuracy(self.model, *self.probe, threat, PROBE, classes=self.classes)
+        if threat is not None and recipe.one_step:
+            found["val_step"] = robust_accuracy(self.model, *self.probe, threat, FGSM(), classes=self.classes)
+        if threat is not None and (recipe.certified or self.config.watch.certify):
+            found["val_certified"] = certified_accuracy(self.model, *self.probe, threat, classes=self.classes)
+        return found
 
     def _pass(self, epoch: int) -> tuple[float, float]:
         """One pass over the training images in random order; return mean loss and accuracy."""

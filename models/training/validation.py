@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from certify.attacks import PGD
+from certify.attacks import PGD, Attack
 from certify.results import Verdict
 from certify.specs import class_margins
 from certify.verify import prove
@@ -14,6 +14,10 @@ from models.training.recipe import Threat
 
 Images = Float[Tensor, "n *shape"]
 Labels = Int[Tensor, "n"]
+
+#: What validation attacks with. It starts at the image and draws nothing, so that its verdict depends on the weights
+#: alone.
+PROBE = PGD(steps=10, random_start=False)
 
 
 def accuracy(model: nn.Module, x: Images, y: Labels, *, batch: int = 1000) -> float:
@@ -25,12 +29,8 @@ def accuracy(model: nn.Module, x: Images, y: Labels, *, batch: int = 1000) -> fl
     return int(torch.stack(hits).sum()) / len(x)
 
 
-def robust_accuracy(model: nn.Module, x: Images, y: Labels, threat: Threat, *, classes: int) -> float:
-    """Return the share of samples that are right and survive ten steps of PGD.
-
-    The attack starts at the image and draws nothing, so the number depends on the weights alone.
-    """
-    attack = PGD(steps=10, random_start=False)
+def robust_accuracy(model: nn.Module, x: Images, y: Labels, threat: Threat, attack: Attack, *, classes: int) -> float:
+    """Return the share of samples that are right and survive the attack."""
     result = attack(model, threat.ball(x), class_margins(y, classes, x.dtype))
     return float((result.margin.amin(1) > 0).double().mean())
 

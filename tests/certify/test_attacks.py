@@ -117,7 +117,7 @@ def test_compaction_does_not_change_verdicts() -> None:
 
 def test_restarts_beyond_one_pass_are_still_made(monkeypatch: pytest.MonkeyPatch) -> None:
     model, domain, spec = _question(batch=8)
-    monkeypatch.setattr("certify.attacks.pgd.POINTS", 16)
+    monkeypatch.setattr("certify.attacks.points.POINTS", 16)
     result = PGD(restarts=5, early_stop=False, steps=3)(model, domain, spec)
     broken = int((result.margin.amin(1) < 0).sum())
     assert result.queries == 8 * (5 * 4 + 2) + broken, "and those broken once more, in float64"
