@@ -20,34 +20,27 @@ _GOLDEN, _FIRST, _SECOND = (value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF
 class Draws:
     """One stream of random numbers per sample; each call goes on where the sample's stream stood.
 
-    ``seeds`` are integers [batch]. Reference: Steele, Lea, Flood, "Fast splittable pseudorandom number generators"
-    (2014), SplitMix64.
+    ``source`` are integers [batch], or a generator that draws them when the first number is asked for: the same on
+    every device. Reference: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014), SplitMix64.
     """
 
-    def __init__(self, seeds: Int[Tensor, "batch"]) -> None:
-        self._seeds = _mixed(_mixed(seeds.long()) + _GOLDEN)
-        self._used = torch.zeros_like(self._seeds)
-
-    @classmethod
-    def of(cls, source: Source, batch: int, device: torch.device) -> Draws:
-        """Return the streams of ``batch`` samples; a generator gives the same ones on every device."""
-        if not isinstance(source, Tensor):
-            where = "cpu" if source is None else source.device
-            source = torch.randint(2**62, (batch,), generator=source, device=where)
-        return cls(source.to(device).expand(batch))
+    def __init__(self, source: Source, batch: int, device: torch.device | str = "cpu") -> None:
+        self._source, self._batch, self._device = source, batch, torch.device(device)
+        self._streams: tuple[Tensor, Tensor] | None = None
 
     def take(self, index: Int[Tensor, "n"]) -> Draws:
         """Return the streams of the samples ``index``, each from where it stands."""
-        taken = object.__new__(Draws)
-        taken._seeds, taken._used = self._seeds[index], self._used[index]
+        seeds, used = self._stand()
+        taken = Draws(seeds, len(index), self._device)
+        taken._streams = seeds[index], used[index]
         return taken
 
     def uniform(self, *shape: int) -> Float64[Tensor, "batch *shape"]:
         """Return numbers in [0, 1), ``shape`` of them per sample."""
-        count = torch.Size(shape).numel()
-        place = self._used[:, None] + torch.arange(1, count + 1, device=self._used.device)
-        self._used = self._used + count
-        bits = _mixed(self._seeds[:, None] + place * _GOLDEN)
+        count, (seeds, used) = torch.Size(shape).numel(), self._stand()
+        place = used[:, None] + torch.arange(1, count + 1, device=self._device)
+        self._streams = seeds, used + count
+        bits = _mixed(seeds[:, None] + place * _GOLDEN)
         return (_shifted(bits, 11).double() * 2.0**-53).view(-1, *shape)
 
     def normal(self, *shape: int) -> Float64[Tensor, "batch *shape"]:
@@ -62,6 +55,17 @@ class Draws:
     def signs(self, *shape: int) -> Float64[Tensor, "batch *shape"]:
         """Return -1 or 1, ``shape`` of them per sample."""
         return torch.where(self.uniform(*shape) < 0.5, -1.0, 1.0).double()
+
+    def _stand(self) -> tuple[Tensor, Tensor]:
+        """Mixed seeds, and how many numbers of each stream are used up."""
+        if self._streams is None:
+            source = self._source
+            if not isinstance(source, Tensor):
+                where = "cpu" if source is None else source.device
+                source = torch.randint(2**62, (self._batch,), generator=source, device=where)
+            seeds = _mixed(_mixed(source.to(self._device, torch.long).expand(self._batch)) + _GOLDEN)
+            self._streams = seeds, torch.zeros_like(seeds)
+        return self._streams
 
 
 def _mixed(z: Tensor) -> Tensor:

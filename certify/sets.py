@@ -105,7 +105,7 @@ class PerturbationSet(ABC):
         With ``Draws``, or a seed per sample, a sample's points depend on nothing but its own stream.
         """
         device = self.center.device
-        draws = generator if isinstance(generator, Draws) else Draws.of(generator, self.batch, device)
+        draws = generator if isinstance(generator, Draws) else Draws(generator, self.batch, device)
         shares = draws.uniform(n, *self.shape).transpose(0, 1)
         points = self.hull.lower + shares * self.hull.width
         return torch.stack([self.project(point.to(self.center.dtype)) for point in points])

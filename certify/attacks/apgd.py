@@ -150,7 +150,7 @@ def _halve(points: Points, stretch: int) -> None:
 
 
 def _checkpoints(steps: int) -> Iterator[tuple[int, int]]:
-    """Steps after which progress is judged, each with the number of steps since the one before: .22 of all, ever fewer."""
+    """Steps after which progress is judged, each with the steps since the one before: .22 of all, ever fewer."""
     at, stretch = 0, max(1, int(0.22 * steps))
     while at + stretch <= steps:
         at += stretch

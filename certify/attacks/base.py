@@ -104,7 +104,7 @@ class Attack(ABC):
         plain = torch.inference_mode(False), torch.no_grad(), torch.autocast(center.device.type, enabled=False)
         with evaluating(model), plain[0], plain[1], plain[2]:
             spec = Spec(spec.C.to(torch.float64, copy=True), spec.d.to(torch.float64, copy=True))
-            draws = Draws.of(generator, domain.batch, center.device)
+            draws = Draws(generator, domain.batch, center.device)
             candidate = _inside(self.search(objective, domain, spec, draws).detach(), domain, type(self).__name__)
             with ieee():
                 center_rows, rows = objective.rows(center, spec), objective.rows(candidate, spec)

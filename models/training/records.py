@@ -14,8 +14,9 @@ class EpochRecord:
     """One epoch: mean loss and accuracy on what was trained on, accuracies on validation images.
 
     ``val_robust`` is the accuracy under PGD at the recipe's radius, ``val_step`` that under a single gradient step,
-    where the recipe trains with one, ``val_certified`` that proved by interval bounds (None where not asked for). ``recipe`` is the one in force; ``gradients`` are the norms by layer on
-    one batch of validation images. ``score`` decides which weights are kept.
+    where the recipe trains with one, ``val_certified`` that proved by interval bounds (None where not asked for).
+    ``recipe`` is the one in force; ``gradients`` are the norms by layer on one batch of validation images. ``score``
+    decides which weights are kept.
     """
 
     epoch: int

@@ -22,21 +22,21 @@ def test_the_numbers_are_those_of_splitmix64(seed: int) -> None:
     golden = 0x9E3779B97F4A7C15
     start = _mix((_mix(seed) + golden) & MASK)
     truth = [(_mix((start + (k + 1) * golden) & MASK) >> 11) * 2.0**-53 for k in range(6)]
-    draws = Draws(torch.tensor([seed]))
+    draws = Draws(torch.tensor([seed]), 1)
     assert [*draws.uniform(4)[0].tolist(), *draws.uniform(2)[0].tolist()] == truth
 
 
 def test_a_samples_numbers_depend_on_its_own_seed_alone() -> None:
     seeds = torch.tensor([5, 9, 2**40, 3])
-    whole = Draws(seeds)
+    whole = Draws(seeds, len(seeds))
     first, second = whole.uniform(3, 2), whole.take(torch.tensor([3, 1])).uniform(5)
-    alone = Draws(seeds[1:2])
+    alone = Draws(seeds[1:2], 1)
     assert torch.equal(alone.uniform(3, 2)[0], first[1])
     assert torch.equal(alone.uniform(5)[0], second[1])
 
 
 def test_uniform_normal_integers_and_signs_have_their_moments() -> None:
-    draws = Draws(torch.arange(500))
+    draws = Draws(torch.arange(500), 500)
     uniform, normal, signs = draws.uniform(400), draws.normal(400), draws.signs(400)
     assert uniform.min() >= 0
     assert uniform.max() < 1
@@ -47,16 +47,21 @@ def test_uniform_normal_integers_and_signs_have_their_moments() -> None:
     assert abs(float(signs.mean())) < 5 / 2e5**0.5
     neighbours = torch.corrcoef(torch.stack([uniform[:-1].flatten(), uniform[1:].flatten()]))[0, 1]
     assert abs(float(neighbours)) < 5 / 2e5**0.5
-    counts = torch.bincount(Draws(torch.arange(30000)).integers(3), minlength=3)
+    counts = torch.bincount(Draws(torch.arange(30000), 30000).integers(3), minlength=3)
     assert bool(((counts - 10000).abs() < 500).all())
 
 
 def test_a_generator_gives_the_same_streams_and_moves_on() -> None:
     one, two = (torch.Generator().manual_seed(3) for _ in range(2))
-    device = torch.device("cpu")
-    first = Draws.of(one, 4, device).uniform(2)
-    assert torch.equal(first, Draws.of(two, 4, device).uniform(2))
-    assert not torch.equal(first, Draws.of(one, 4, device).uniform(2))
+    first = Draws(one, 4).uniform(2)
+    assert torch.equal(first, Draws(two, 4).uniform(2))
+    assert not torch.equal(first, Draws(one, 4).uniform(2))
+
+
+def test_a_generator_that_is_not_needed_stands_still() -> None:
+    state = torch.get_rng_state()
+    Draws(None, 3)
+    assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("p", [1, 2, torch.inf])
@@ -66,7 +71,7 @@ def test_sets_sample_by_seed_whoever_else_is_there(p: float) -> None:
     for domain in (LpBall(x, 0.2, p=p, clip=(0.0, 1.0)), Box(x - 0.1, x + 0.1)):
         points = domain.sample(3, seeds)
         assert torch.equal(domain.take(few).sample(3, seeds[few]), points[:, few])
-        assert torch.equal(domain.sample(3, Draws(seeds)), points)
+        assert torch.equal(domain.sample(3, Draws(seeds, len(seeds))), points)
 
 
 @pytest.mark.parametrize("p", [1, 2, torch.inf])
