@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import pytest
 import torch
 from torch import nn
 
-from certify.attacks import FGSM, PGD, Attack
+from certify.attacks import (
+    APGD,
+    APGDT,
+    FGSM,
+    FMN,
+    PGD,
+    RFGSM,
+    Adaptive,
+    Attack,
+    DeepFool,
+    Ensemble,
+    Square,
+    Transfer,
+)
 from certify.errors import InvalidInput, InvalidModel
 from certify.registry import ATTACKS
 from certify.sets import Box, LpBall, PerturbationSet
@@ -35,7 +49,23 @@ def _affine_worst_case(domain: PerturbationSet, weight: torch.Tensor, bias: torc
     return torch.stack([offset[:, r] - domain.support(-rows[:, r]) for r in range(rows.shape[1])], 1)
 
 
-ATTACKERS = [FGSM(), FGSM(loss="margin"), PGD(), PGD(loss="ce", restarts=3), PGD(target="each", steps=15)]
+ATTACKERS = [
+    FGSM(),
+    FGSM(loss="margin"),
+    RFGSM(),
+    PGD(),
+    PGD(loss="ce", restarts=3),
+    PGD(loss="dlr", momentum=0.75),
+    PGD(target="each", steps=15),
+    APGD(steps=20, restarts=2),
+    APGDT(steps=20),
+    FMN(steps=30),
+    DeepFool(steps=20),
+    Square(queries=200),
+    Ensemble(attacks=(APGD(steps=10), APGDT(steps=10), FMN(steps=20), Square(queries=50))),
+    Adaptive(attack=PGD(steps=10)),
+    Transfer(surrogate=_mlp(1)),
+]
 
 
 @pytest.mark.parametrize("p", [1, 2, torch.inf])
@@ -44,11 +74,16 @@ def test_every_witness_lies_in_the_set_and_its_margin_is_the_models_own(attack: 
     model, domain, spec = _question(p=p)
     result = attack(model, domain, spec, generator=torch.Generator().manual_seed(1))
     assert bool(domain.contains(result.witness).all())
-    torch.testing.assert_close(result.margin, spec.rows(model(result.witness)).detach(), rtol=0, atol=0)
+    rows = spec.rows(model(result.witness)).detach()
+    exact = spec.rows(copy.deepcopy(model).double()(result.witness.double())).detach()
+    mended = (rows.amin(1) < 0) & (exact.amin(1) >= 0)  # broken by rounding alone
+    torch.testing.assert_close(result.margin[~mended], rows[~mended], rtol=0, atol=0)
+    torch.testing.assert_close(result.margin[mended], exact[mended], rtol=0, atol=1e-12)
     assert torch.equal(result.success, result.margin.amin(1) < 0)
+    assert torch.equal(result.success, (rows.amin(1) < 0) & (exact.amin(1) < 0))
     assert bool(result.success[0]), "a misclassified input breaks the claim by itself"
     assert bool((result.margin.amin(1) <= spec.rows(model(domain.center)).amin(1)).all())
-    assert result.queries >= 3 * domain.batch
+    assert result.queries >= 2 * domain.batch
 
 
 @pytest.mark.parametrize("clip", [None, (0.0, 1.0)])

@@ -1,0 +1,67 @@
+"""What minimum-norm attacks share: the nearest broken points, and the norm that gradients are measured in."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+
+from certify.attacks.base import Objective
+from certify.attacks.losses import LOSSES
+from certify.errors import InvalidInput
+from certify.sets import LpBall, PerturbationSet
+from certify.specs import Spec
+
+#: Keeps quotients finite where a gradient vanishes.
+TINY = 1e-30
+
+
+class Nearest:
+    """Per sample the point nearest to the centre at which a row was below 0."""
+
+    def __init__(self, domain: PerturbationSet) -> None:
+        self._points = domain.center.clone()
+        self.distance = torch.full((domain.batch,), torch.inf, dtype=torch.float64, device=domain.center.device)
+
+    def meet(
+        self,
+        x: Float[Tensor, "batch *shape"],
+        value: Float64[Tensor, "batch"],
+        distance: Float64[Tensor, "batch"],
+    ) -> None:
+        """Take the points that break a row and are nearer than what was met before."""
+        better = (value < 0) & (distance < self.distance)
+        self._points = torch.where(better.view(-1, *[1] * (x.ndim - 1)), x, self._points)
+        self.distance = torch.where(better, distance, self.distance)
+
+    def points_or(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
+        """Return the nearest broken points, and ``x`` where there are none."""
+        found = (self.distance < torch.inf).view(-1, *[1] * (x.ndim - 1))
+        return torch.where(found, self._points, x)
+
+
+def ball_of(domain: PerturbationSet, name: str) -> LpBall:
+    """Return the domain as a ball. Raises ``InvalidInput`` for sets without a norm."""
+    if not isinstance(domain, LpBall):
+        raise InvalidInput(
+            f"the attack {name!r} on a {type(domain).__name__}",
+            "an LpBall: it searches for small norms",
+            "pgd or square",
+        )
+    return domain
+
+
+def dual_norm(ball: LpBall, gradient: Float[Tensor, "batch *shape"]) -> Float64[Tensor, "batch"]:
+    """Return what a linear function rises by along a step of length 1 in the ball's norm: the dual norm, above 0."""
+    rise = (gradient.double() * ball.stride(gradient, 1.0).double()).flatten(1).sum(1)
+    return rise.clamp(min=TINY)
+
+
+def linear_rows(
+    objective: Objective, x: Float[Tensor, "batch *shape"], spec: Spec, rows: Int[Tensor, "batch rows"]
+) -> tuple[Float64[Tensor, "batch rows"], Float[Tensor, "batch rows *shape"]]:
+    """Return the values of the considered rows at x and the directions in which they fall, all rows in one batch."""
+    n, k = rows.shape
+    owner = torch.arange(n, device=x.device).repeat_interleave(k)
+    values, gradient = objective.gradient(x[owner], spec.take(owner), LOSSES["margin"], rows.flatten())
+    return values.view(n, k, -1).gather(2, rows[..., None])[..., 0], gradient.view(n, k, *x.shape[1:])
