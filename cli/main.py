@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cli import questions
+from cli.auditing import audit
 from cli.bundles import at_home, bundled
 from cli.catalogue import ops
 from cli.complaints import complain
@@ -28,7 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _ASKING = (questions.report, questions.bounds, questions.attack, questions.lipschitz)
-for _command in (demo, train, lr_find, sweep, diagnose, *_ASKING, ops):
+for _command in (demo, train, lr_find, sweep, diagnose, *_ASKING, audit, ops):
     app.command(_command.__name__.replace("_", "-"))(bundled(at_home(_command)))
 
 
