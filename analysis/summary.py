@@ -13,7 +13,11 @@ from analysis.sweep import Result
 
 @dataclass(frozen=True)
 class Mean(Record):
-    """The mean over seeds with a 95 % interval: Student's t over the seeds, or one seed's binomial interval."""
+    """The mean over seeds with a 95 % interval that covers both its sources: the seeds, and the test images.
+
+    It is the hull of Student's t over the seeds and of the binomial interval of the mean on as many test images: all
+    seeds are judged on the same images, so that more seeds do not make the images more.
+    """
 
     value: float
     low: float
@@ -22,15 +26,16 @@ class Mean(Record):
     @classmethod
     def of(cls, rates: Sequence[Rate]) -> Mean:
         """Return the mean of at least one rate."""
-        if len(rates) == 1:
-            return cls(rates[0].value, rates[0].low, rates[0].high)
-        from scipy.stats import t
-
         values = [rate.value for rate in rates]
-        mean = sum(values) / len(values)
-        spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-        half = float(t.ppf(0.975, len(values) - 1)) * spread / math.sqrt(len(values))
-        return cls(mean, max(0.0, mean - half), min(1.0, mean + half))
+        mean, total = sum(values) / len(values), min(rate.total for rate in rates)
+        low, high = Rate(math.floor(mean * total), total).low, Rate(math.ceil(mean * total), total).high
+        if len(rates) > 1:
+            from scipy.stats import t
+
+            spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+            half = float(t.ppf(0.975, len(values) - 1)) * spread / math.sqrt(len(values))
+            low, high = min(low, max(0.0, mean - half)), max(high, min(1.0, mean + half))
+        return cls(mean, low, high)
 
 
 @dataclass(frozen=True)

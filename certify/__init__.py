@@ -39,6 +39,7 @@ from certify.registry import (
 )
 from certify.results import AttackResult, Certificate, LipschitzEstimate, Verdict
 from certify.sets import Box, LpBall, PerturbationSet
+from certify.smoothing import SmoothedCertificate, Smoothing, certify_smoothed
 from certify.specs import Spec, class_margins, logit_sign, output_band
 from certify.training import training_margins
 from certify.verify import certified_radius, prove
@@ -73,6 +74,8 @@ __all__ = [
     "Relaxation",
     "SemidefiniteProgram",
     "Smooth",
+    "SmoothedCertificate",
+    "Smoothing",
     "SoundnessAlarm",
     "Spec",
     "UnsupportedOperation",
@@ -81,6 +84,7 @@ __all__ = [
     "attacks",
     "bounds",
     "certified_radius",
+    "certify_smoothed",
     "class_margins",
     "explain",
     "layer_bounds",

@@ -68,6 +68,11 @@ class Draws:
         return self._streams
 
 
+def sample_seeds(seed: int, index: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
+    """Return one seed per sample of a run with that seed; ``index`` are the samples' places in their data set."""
+    return index.long() + seed * 2**32
+
+
 def _mixed(z: Tensor) -> Tensor:
     """SplitMix64's finaliser: every bit of the result depends on every bit of z. Products wrap around."""
     z = (z ^ _shifted(z, 30)) * _FIRST

@@ -17,6 +17,7 @@ from cli.demo import demo
 from cli.diagnosing import diagnose
 from cli.learning import train
 from cli.rates import lr_find
+from cli.smoothing import smooth
 from cli.sweeping import sweep
 
 app = typer.Typer(
@@ -29,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _ASKING = (questions.report, questions.bounds, questions.attack, questions.lipschitz)
-for _command in (demo, train, lr_find, sweep, diagnose, *_ASKING, audit, ops):
+for _command in (demo, train, lr_find, sweep, diagnose, *_ASKING, audit, smooth, ops):
     app.command(_command.__name__.replace("_", "-"))(bundled(at_home(_command)))
 
 

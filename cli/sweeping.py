@@ -62,7 +62,9 @@ def sweep(
     rows = summarise(results)
     console.print()
     console.print(table_of(plan, rows))
-    console.print("Intervals are 95 %: over seeds (Student), or over test images where there is one seed.", style="dim")
+    console.print(
+        "Intervals are 95 %, the wider of: over seeds (Student), over test images (Clopper-Pearson).", style="dim"
+    )
     lines = [heads(plan), *(_cells(row, plan) for row in rows)]
     write({folder / "table.csv": _csv(plan, rows).encode(), folder / "table.md": _markdown(lines).encode()})
     figures.save(figures.accuracy_scatter(rows, plan.judge.radii[0]), folder / "scatter.svg")

@@ -5,6 +5,7 @@ from models.training.certified import CrownIBPTraining, IBPTraining, MtlIBP, Sab
 from models.training.config import Augment, Engine, Optimizer, Penalties, Schedule, TrainConfig, Watch, load_config
 from models.training.group import launched
 from models.training.loop import train
+from models.training.noise import NoiseTraining
 from models.training.rangefinder import RateCurve, find_rate
 from models.training.recipe import RECIPES, Batch, Outcome, Recipe, register_recipe
 from models.training.records import EpochRecord, TrainingResult
@@ -20,6 +21,7 @@ __all__ = [
     "Free",
     "IBPTraining",
     "MtlIBP",
+    "NoiseTraining",
     "NoisyFGSM",
     "Optimizer",
     "Outcome",

@@ -18,13 +18,14 @@ from models.training.schedule import share
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_configs_survive_plain_data(name: str) -> None:
-    given = {"recipe": {"name": name} | ({} if name == "standard" else {"radius": "8/255"}), "batch": 64}
+    options = {"standard": {}, "noise": {"sigma": "1/4"}}.get(name, {"radius": "8/255"})
+    given = {"recipe": {"name": name} | options, "batch": 64}
     config = TrainConfig.from_dict(given | {"optimizer": {"clip": 1, "name": "sgd"}, "augment": {"flip": True}})
     again = TrainConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert config.optimizer.clip == 1.0
     assert config.recipe.name == name
-    if name != "standard":
+    if "radius" in options:
         assert config.recipe.threat.radius == 8 / 255
 
 

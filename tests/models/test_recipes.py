@@ -199,8 +199,9 @@ def test_running_statistics_move_as_they_would_without_bounds(digits: Dataset) -
 
 
 def test_every_recipe_gives_gradients_to_all_parameters(digits: Dataset) -> None:
-    for kind in RECIPES.values():
-        recipe = kind() if kind is Standard else kind(radius=0.05)
+    options = {"standard": {}, "noise": {"sigma": 0.1}}
+    for name, kind in RECIPES.items():
+        recipe = kind(**options.get(name, {"radius": 0.05}))
         batch = batch_of(digits, mlp([64, 12, 10], "relu"), n=16, done=0.9)
         outcome = recipe(batch)
         outcome.loss.backward()

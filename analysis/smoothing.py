@@ -1,0 +1,76 @@
+"""Accuracy of the smoothed classifier, certified with high probability: beside the proofs, never among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from analysis.plain import Record
+from analysis.records import Rate
+from certify.smoothing import ABSTAIN, Smoothing, certify_smoothed
+
+
+@dataclass(frozen=True)
+class SmoothedSample(Record):
+    """One sample: ``predicted`` is None where the smoothed classifier abstains, ``radius`` (l2) then 0."""
+
+    index: int
+    label: int
+    predicted: int | None
+    radius: float
+
+
+@dataclass(frozen=True)
+class SmoothedAccuracy(Record):
+    """Over all samples: ``clean`` right, ``abstained``, and ``certified`` right within each of ``radii`` (l2).
+
+    Each certificate holds with probability 1 - ``alpha`` at least, for the smoothed classifier and not for the network
+    itself. Intervals are over samples.
+    """
+
+    sigma: float
+    alpha: float
+    count: int
+    clean: Rate
+    abstained: Rate
+    radii: tuple[Fraction, ...]
+    certified: tuple[Rate, ...]
+    samples: tuple[SmoothedSample, ...]
+
+
+def smoothed_accuracy(
+    model: nn.Module,
+    x: Float[Tensor, "n *shape"],
+    y: Int[Tensor, "n"],
+    smoothing: Smoothing,
+    *,
+    radii: tuple[Fraction, ...],
+    seeds: Int[Tensor, "n"],
+    tick: Callable[[int], None] = lambda _: None,
+) -> SmoothedAccuracy:
+    """Return the accuracies; ``seeds`` are one integer per sample, ``tick`` is told of every sample done."""
+    samples: list[SmoothedSample] = []
+    right = torch.zeros((len(radii), len(x)), dtype=torch.bool)
+    for i in range(len(x)):
+        found = certify_smoothed(model, x[i : i + 1], smoothing, generator=seeds[i : i + 1])
+        predicted = int(found.predicted)
+        samples.append(SmoothedSample(i, int(y[i]), None if predicted == ABSTAIN else predicted, float(found.radius)))
+        for place, radius in enumerate(radii):
+            right[place, i] = bool(found.certified(y[i : i + 1], float(radius)))
+        tick(1)
+    total = len(x)
+    return SmoothedAccuracy(
+        sigma=smoothing.sigma,
+        alpha=smoothing.alpha,
+        count=smoothing.count,
+        clean=Rate(sum(sample.predicted == sample.label for sample in samples), total),
+        abstained=Rate(sum(sample.predicted is None for sample in samples), total),
+        radii=radii,
+        certified=tuple(Rate(int(row.sum()), total) for row in right),
+        samples=tuple(samples),
+    )
