@@ -52,12 +52,14 @@ class Outcome(Record):
     ``attacked``: some point of the set is misclassified (the image itself counts).
     ``worst`` is the smallest margin that was met, ``lower`` the certified lower bound of the smallest margin by
     method, None where there is none: the image is misclassified or fell to the attack, or nothing is known.
+    ``late`` are the methods, or "attack", that gave no answer within the sample's time.
     """
 
     radius: Fraction
     attacked: bool
     worst: float
     lower: dict[str, float | None] = field(default_factory=dict)
+    late: tuple[str, ...] = ()
     derived: ClassVar[tuple[str, ...]] = ("verdict",)
 
     def certified(self, method: str) -> bool:
@@ -67,10 +69,15 @@ class Outcome(Record):
 
     @property
     def verdict(self) -> str:
-        """The word of ``certify.Verdict``: holds (by some method), violated or unknown."""
+        """Holds (by some method), violated, unknown or timeout; the last two count as not certified.
+
+        A deadline gives timeout, never a better word than its absence would.
+        """
         if self.attacked:
             return "violated"
-        return "holds" if any(self.certified(method) for method in self.lower) else "unknown"
+        if any(self.certified(method) for method in self.lower):
+            return "holds"
+        return "timeout" if self.late else "unknown"
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,19 @@ class RadiusRow(Record):
     radius: Fraction
     attacked: Rate
     certified: dict[str, Rate]
-    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Conditions(Record):
+    """Under which perturbations, attack, methods and arithmetic a network was examined."""
+
+    radii: tuple[Fraction, ...]
+    norm: str
+    clip: tuple[float, float] | None
+    methods: tuple[str, ...]
+    attack: str
+    arithmetic: str
+    seed: int
 
 
 @dataclass(frozen=True)
