@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from analysis.lines import (
     digest,
     unpack,
 )
+from analysis.plain import Record
 from analysis.records import Course, NetworkReport, Report
 from certify.errors import InvalidFile
 from models.files import read_bytes
@@ -147,22 +149,33 @@ def _network(about: NetworkLine, samples: list[SampleLine], layers: LayersLine |
     )
 
 
-def timing(unit: int, network: str, machine: str, seconds: Mapping[str, float]) -> bytes:
-    """Return a line of timings.jsonl."""
-    return json.dumps({"unit": unit, "network": network, "machine": machine, "seconds": dict(seconds)}).encode() + b"\n"
+@dataclass(frozen=True)
+class Timing(Record):
+    """A line of timings.jsonl: the seconds that a unit took, by task. They are no result."""
+
+    unit: int
+    network: str
+    machine: str
+    seconds: dict[str, float]
+
+    def line(self) -> bytes:
+        """Return the line, with its line feed."""
+        return json.dumps(self.to_dict()).encode() + b"\n"
+
+
+def timings_in(data: bytes) -> Iterator[Timing]:
+    """Yield what the whole lines say; one that was torn while it was written is passed over."""
+    for line in data.splitlines():
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            yield Timing.from_dict(json.loads(line))
 
 
 def _course(timings: bytes) -> Course | None:
     """The sums over all units whose line is whole; None where there is none."""
     machines, sums = dict[str, None](), dict[str, dict[str, float]]()
-    for line in timings.splitlines():
-        try:
-            found = json.loads(line)
-            spent = {str(task): float(seconds) for task, seconds in found["seconds"].items()}
-            machines[str(found["machine"])] = None
-            tasks = sums.setdefault(str(found["network"]), {})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # torn off while it was written; timings are no result
-        for task, seconds in spent.items():
+    for found in timings_in(timings):
+        machines[found.machine] = None
+        tasks = sums.setdefault(found.network, {})
+        for task, seconds in found.seconds.items():
             tasks[task] = tasks.get(task, 0.0) + seconds
     return Course("; ".join(machines), sums) if sums else None

@@ -123,9 +123,13 @@ def unpack(data: bytes, source: str) -> Line:
 
 def sealed(unit: int, lines: Iterable[Line]) -> bytes:
     """Return the bytes of a unit of work: its lines, and the one that ends it."""
-    packed = [pack(line) for line in lines]
-    body = b"".join(packed)
-    return body + pack(UnitLine(unit, len(packed), digest(body)))
+    body = b"".join(pack(line) for line in lines)
+    return body + end_of(unit, body)
+
+
+def end_of(unit: int, body: bytes) -> bytes:
+    """Return the line that ends a unit."""
+    return pack(UnitLine(unit, body.count(b"\n"), digest(body)))
 
 
 def digest(data: bytes) -> str:

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from analysis.lines import SCHEMA_VERSION, digest
 from analysis.plain import Record, encode
 from analysis.units import Stage
+from certify.errors import InvalidFile
+from models.files import read_json
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,14 @@ class Manifest(Record):
     def of_shard(self, shard: str | None) -> Manifest:
         """Return the manifest of one shard of the run (None: of all of it)."""
         return replace(self, shard=shard)
+
+    @classmethod
+    def read(cls, file: Path) -> Manifest:
+        """Return the manifest in a file. Raises ``InvalidFile`` where there is none."""
+        try:
+            return cls.from_dict(read_json(file))
+        except (KeyError, TypeError, AttributeError):
+            raise InvalidFile(f"{file} is no manifest", "that of a run", "copy it again") from None
 
     def text(self) -> bytes:
         """Return the content of manifest.json."""

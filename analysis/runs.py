@@ -18,10 +18,10 @@ from analysis.lines import SCHEMA_VERSION, RunLine, pack
 from analysis.manifest import manifest_of
 from analysis.plain import encode
 from analysis.records import Report
+from analysis.shard import Shard
 from analysis.store import InMemory, Store, kept_in
 from analysis.units import Done, Stage, Unit
 from analysis.workers import Load, in_turn, side_by_side
-from certify.errors import InvalidInput
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Heading:
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How to compute a run, which never changes what comes out; ``shard`` is (i, n), i from 1.
+    """How to compute a run, which never changes what comes out; ``shard`` is the part to do.
 
     After the ``deadline`` (of ``time.monotonic``) no unit is begun. Without a ``folder`` nothing is kept.
     ``load`` makes the stage in each of several ``jobs``.
@@ -44,7 +44,7 @@ class Way:
     folder: Path | None = None
     resume: bool = False
     jobs: int = 1
-    shard: tuple[int, int] | None = None
+    shard: Shard | None = None
     deadline: float = math.inf
     load: Load | None = None
 
@@ -72,7 +72,7 @@ def carry_out(stage: Stage, heading: Heading, way: Way = Way(), tick: Tick = lam
     In a folder every unit is computed by one thread, so that neither ``jobs`` nor the machine's cores change a bit.
     Raises ``Interrupted``, what ``kept_in`` raises for the folder, and what a unit raises.
     """
-    asked = shard_of(stage.units, way.shard)
+    asked = stage.units if way.shard is None else way.shard.take(stage.units)
     with _store(stage, heading, way) as store:
         todo = [unit for unit in asked if unit.number not in store.units]
         for unit in asked:
@@ -92,15 +92,6 @@ def _computed(stage: Stage, units: Sequence[Unit], way: Way, tick: Tick) -> Gene
     if way.jobs == 1 or way.load is None:
         return in_turn(stage, units, way.deadline, tick)
     return side_by_side(way.load, stage, units, way.jobs, way.deadline, tick)
-
-
-def shard_of(units: tuple[Unit, ...], shard: tuple[int, int] | None) -> tuple[Unit, ...]:
-    """Return every n-th unit from the i-th on; raises ``InvalidInput`` unless 1 <= i <= n."""
-    if shard is None:
-        return units
-    if not 1 <= shard[0] <= shard[1]:
-        raise InvalidInput(f"shard {shard[0]}/{shard[1]}", "i/n with 1 <= i <= n", "--shard 1/4")
-    return units[shard[0] - 1 :: shard[1]]
 
 
 @contextmanager
@@ -134,7 +125,7 @@ def _store(stage: Stage, heading: Heading, way: Way) -> Iterator[Store]:
     if way.folder is None:
         yield InMemory(text, machine)
         return
-    shard = None if way.shard is None else "{}/{}".format(*way.shard)
+    shard = None if way.shard is None else str(way.shard)
     with kept_in(way.folder, text, manifest.of_shard(shard), machine, resume=way.resume) as store:
         yield store
 

@@ -9,12 +9,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from analysis.journal import MANIFEST, RECORDS, TIMINGS, report_of, scan, timing
+from analysis.journal import MANIFEST, RECORDS, TIMINGS, Timing, report_of, scan
 from analysis.manifest import Manifest
 from analysis.records import Report
 from analysis.units import Done
 from certify.errors import InvalidFile, InvalidInput
-from models.files import read_bytes, read_json, write
+from models.files import read_bytes, write
 
 
 class Store(Protocol):
@@ -43,7 +43,7 @@ class InMemory:
     def append(self, done: Done) -> None:
         """Keep a unit."""
         self.records += done.data
-        self.timings += timing(done.unit, done.network, self.machine, done.seconds)
+        self.timings += Timing(done.unit, done.network, self.machine, done.seconds).line()
         self.units |= {done.unit}
 
     def report(self) -> Report:
@@ -61,7 +61,7 @@ class InFolder:
         """Append a unit in one piece and wait until it is on disk."""
         records, timings = self.files
         _append(records, done.data)
-        _append(timings, timing(done.unit, done.network, self.machine, done.seconds))
+        _append(timings, Timing(done.unit, done.network, self.machine, done.seconds).line())
         self.units |= {done.unit}
 
     def report(self) -> Report:
@@ -112,10 +112,7 @@ def _prepare(records: BinaryIO, timings: BinaryIO, heading: bytes, source: str) 
 
 def _compare(folder: Path, manifest: Manifest) -> None:
     """Refuse records that other models, data, configurations or versions gave."""
-    try:
-        found = Manifest.from_dict(read_json(folder / MANIFEST))
-    except (KeyError, TypeError, AttributeError):
-        raise InvalidFile(f"{folder / MANIFEST} is no manifest", "that of the run in this folder") from None
+    found = Manifest.read(folder / MANIFEST)
     different = list(found.differences(manifest))
     if different or found.identity != manifest.identity:
         raise InvalidFile(

@@ -46,6 +46,12 @@ def report(
     console = out.console(output.json)
     asked = Asked(networks=networks, data=data, ball=ball, bounding=bounding, attack=attack, layers=layers, run=run)
     check(asked)
+    if run.slurm is not None and run.out is not None:
+        from cli.slurm import submit
+
+        names = submit(asked, run.out, run.slurm)
+        console.print(f"jobs {', '.join(names)}; then: certify merge {run.out}/shard-* --out FOLDER", soft_wrap=True)
+        return
     result = None if run.from_ is not None else carried_out(asked)
     found = journal.read(run.from_ or "") if result is None else result.report
     if run.shard is None:

@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from analysis.runs import Heading, Interrupted, Result, Way, carry_out
+from analysis.shard import Shard
 from analysis.units import Stage
 from certify.errors import InvalidInput
 from cli import output
@@ -62,7 +63,7 @@ def _run(asked: Asked) -> Result:
         folder=asked.run.out,
         resume=asked.run.resume,
         jobs=asked.run.jobs,
-        shard=shard_of(asked.run.shard),
+        shard=None if asked.run.shard is None else Shard.parse(asked.run.shard),
         deadline=deadline,
         load=partial(stage_of, asked),
     )
@@ -91,16 +92,6 @@ def prepared(asked: Asked) -> tuple[Stage, Samples]:
 def stage_of(asked: Asked) -> Stage:
     """Return what a run works on; other processes call it."""
     return prepared(asked)[0]
-
-
-def shard_of(words: str | None) -> tuple[int, int] | None:
-    """Return (i, n) of "i/n"."""
-    if words is None:
-        return None
-    parts = words.split("/")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise InvalidInput(f"--shard {words!r}", "i/n with 1 <= i <= n", "--shard 1/4")
-    return int(parts[0]), int(parts[1])
 
 
 def check(asked: Asked) -> None:
