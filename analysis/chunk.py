@@ -19,7 +19,7 @@ from analysis.protocol import Protocol
 from analysis.records import Outcome, SampleRecord
 from analysis.shortage import Found, in_halves
 from certify import AlphaCROWN, class_margins, prove
-from certify.errors import InvalidModel, SoundnessAlarm
+from certify.errors import InvalidInput, InvalidModel, SoundnessAlarm
 from certify.propagate.methods import resolve_method
 
 T = TypeVar("T")
@@ -88,6 +88,21 @@ def measure(batch: Batch, protocol: Protocol, watch: Watch) -> Measured:
     return Measured(tuple(records), seconds, tuple(shortages))
 
 
+def outputs_of(batch: Batch, notice: Callable[[Tensor], None] = lambda _: None) -> Float[Tensor, "n classes"]:
+    """Return the network's outputs, computed in halves where memory runs out."""
+
+    def compute(samples: Tensor) -> Found:
+        with torch.no_grad():
+            return (batch.model(batch.x[samples]),)
+
+    def give_up(samples: Tensor) -> Found:
+        place = int(batch.index[samples[0].cpu()])
+        raise InvalidInput(f"memory runs out on sample {place} alone", "room for the network", "a larger machine")
+
+    (outputs,) = in_halves(compute, torch.arange(len(batch.x), device=batch.x.device), give_up, notice)
+    return outputs
+
+
 class _Trial:
     """Samples under growing radii: what fell so far, and the witnesses of it."""
 
@@ -95,8 +110,8 @@ class _Trial:
         self.batch, self.protocol, self.watch, self.seconds = batch, protocol, watch, seconds
         self.deadline = time.monotonic() + protocol.sample_seconds
         self.spec = class_margins(batch.y, batch.classes, batch.x.dtype)
-        with torch.no_grad():
-            outputs = batch.model(batch.x)
+        self.shortages: dict[str, None] = {}  # a set that keeps its order
+        outputs = outputs_of(batch, self._notice("the network", Fraction(0)))
         if not bool(torch.isfinite(outputs).all()):
             raise InvalidModel("the model's outputs hold NaN or infinities", "finite outputs", "check weights and data")
         self.predicted = outputs.argmax(1)
@@ -104,7 +119,6 @@ class _Trial:
         self.right = self.margin > 0  # a tie of the top logits is nobody's class
         self.worst, self.witness = self.margin.clone(), batch.x.clone()
         self.outcomes: list[list[Outcome]] = [[] for _ in batch.x]
-        self.shortages: dict[str, None] = {}  # a set that keeps its order
 
     @property
     def standing(self) -> Tensor:

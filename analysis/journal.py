@@ -116,6 +116,10 @@ def report_of(contents: Contents, timings: bytes) -> Report:
         elif isinstance(line, WarningLine):
             warnings.append(f"{line.network}: {line.text}")
     run = contents.run
+    for name, lines in samples.items():
+        late = sum(any(outcome.verdict == "timeout" for outcome in line.sample.outcomes) for line in lines)
+        if late:
+            warnings.append(f"{name}: {late} of {len(lines)} samples ended with timeout at some radius")
     if contents.missing:
         found = ", ".join(f"{len(lines)} of {run.count} samples of {name}" for name, lines in samples.items())
         warnings.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from analysis.plain import Record
 from certify.errors import InvalidInput
@@ -45,6 +45,10 @@ class Rate(Record):
         return float(beta.ppf(0.975, self.count + 1, self.total - self.count)) if self.count < self.total else 1.0
 
 
+#: What is known about a sample at a radius.
+Word = Literal["holds", "violated", "unknown", "timeout"]
+
+
 @dataclass(frozen=True)
 class Outcome(Record):
     """What is known about one sample at one radius.
@@ -68,7 +72,7 @@ class Outcome(Record):
         return lower is not None and lower > 0 and not self.attacked
 
     @property
-    def verdict(self) -> str:
+    def verdict(self) -> Word:
         """Holds (by some method), violated, unknown or timeout; the last two count as not certified.
 
         A deadline gives timeout, never a better word than its absence would.

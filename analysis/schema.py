@@ -7,7 +7,7 @@ import json
 import types
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from analysis.lines import KINDS, SCHEMA_VERSION, RunLine
 from analysis.plain import Record
@@ -72,6 +72,8 @@ def _described(kind: Any, records: dict[str, Any]) -> dict[str, Any]:
     if origin is tuple:
         items = [_described(arg, records) for arg in args]
         return {"type": "array", "prefixItems": items, "items": False, "minItems": len(items)}
+    if origin is Literal:
+        return {"enum": list(args)}
     if origin is dict:
         return {"type": "object", "additionalProperties": _described(args[1], records)}
     if kind in _PLAIN:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+#: What libraries below torch say, in errors of no type of their own.
+_WORDS = ("out of memory", "not enough memory", "allocate memory", "alloc_failed")
 #: Tensors with one entry per sample.
 Found = tuple[Tensor, ...]
 
@@ -41,5 +43,4 @@ def is_shortage(error: BaseException) -> bool:
     """Return whether ``error`` says that memory ran out, on a GPU or a CPU."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(word in text for word in ("out of memory", "not enough memory"))
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)

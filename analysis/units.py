@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from analysis.chunk import Batch, Tick, Watch, measure
+from analysis.chunk import Batch, Tick, Watch, measure, outputs_of
 from analysis.layers import layer_sensitivity
 from analysis.lines import LayersLine, Line, NetworkLine, SampleLine, WarningLine, sealed
 from analysis.protocol import Protocol
@@ -121,8 +121,8 @@ def _right(batch: Batch, size: int, wanted: int) -> Tensor:
     """The places of the first samples that are classified right, found in the chunks of the evaluation."""
     right, places = torch.empty(0, dtype=torch.long), torch.arange(len(batch.x))
     for part in places.split(size):
-        with torch.no_grad():
-            rows = class_margins(batch.y[part], batch.classes, batch.x.dtype).rows(batch.model(batch.x[part]))
+        some = batch.take(part)
+        rows = class_margins(some.y, some.classes, some.x.dtype).rows(outputs_of(some))
         right = torch.cat([right, part[(rows > 0).all(1).cpu()]])
         if len(right) >= wanted:
             break

@@ -83,7 +83,9 @@ def publish(target: str | None, command: str, arguments: dict[str, Any], results
 
 def publish_report(target: str | None, report: Report) -> None:
     """Write a report as JSON: all of it, and nothing that it does not hold."""
-    _deliver(target, {**report.to_dict(), "results": report.to_dict()})
+    results = report.to_dict()
+    shared = {name: results[name] for name in ("command", "arguments", "seed", "versions")}
+    _deliver(target, {**shared, "results": results})
 
 
 def _deliver(target: str | None, document: dict[str, Any]) -> None:
