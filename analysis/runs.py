@@ -84,7 +84,7 @@ def carry_out(stage: Stage, heading: Heading, way: Way = Way(), tick: Tick = lam
                 for done in found:
                     store.append(done)
         except KeyboardInterrupt:
-            raise Interrupted(len(store.units), len(asked)) from None
+            raise Interrupted(store.count(), len(asked)) from None
         return Result(store.report(), len(store.units), len(asked))
 
 

@@ -29,6 +29,10 @@ class Store(Protocol):
         """Keep a unit, whole and for good."""
         ...
 
+    def count(self) -> int:
+        """Return how many units are here, also after an interruption in the middle of ``append``."""
+        ...
+
     def report(self) -> Report:
         """Return the report of what is here."""
         ...
@@ -45,6 +49,10 @@ class InMemory:
         self.records += done.data
         self.timings += Timing(done.unit, done.network, self.machine, done.seconds).line()
         self.units |= {done.unit}
+
+    def count(self) -> int:
+        """Return how many units are here."""
+        return len(self.units)
 
     def report(self) -> Report:
         """Return the report of what is here."""
@@ -63,6 +71,11 @@ class InFolder:
         _append(records, done.data)
         _append(timings, Timing(done.unit, done.network, self.machine, done.seconds).line())
         self.units |= {done.unit}
+
+    def count(self) -> int:
+        """Return how many units the file holds: one may have come to it without being counted."""
+        self.files[0].flush()
+        return len(scan(read_bytes(self.folder / RECORDS), str(self.folder / RECORDS)).units)
 
     def report(self) -> Report:
         """Return the report of what is here."""

@@ -91,6 +91,12 @@ def test_a_run_is_shown_again_from_its_files_alone(
     assert [line for line in text.splitlines() if not line.startswith("time: ")] == without
 
 
+@pytest.mark.parametrize("path", ["absent", "net", "net/model.json", "net/model.safetensors"])
+def test_what_holds_no_records_is_told(folder: Path, capsys: Capture, path: str) -> None:
+    assert main(["report", "--from", path]) == 5
+    assert len(capsys.readouterr().err.splitlines()) <= 3
+
+
 def test_jobs_and_resuming_change_no_byte(folder: Path, capsys: Capture) -> None:
     first = done(capsys, f"{SMALL} --out one")
     done(capsys, f"{SMALL} --out two --jobs 2")
