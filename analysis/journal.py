@@ -119,7 +119,10 @@ def report_of(contents: Contents, timings: bytes) -> Report:
     for name, lines in samples.items():
         late = sum(any(outcome.verdict == "timeout" for outcome in line.sample.outcomes) for line in lines)
         if late:
-            warnings.append(f"{name}: {late} of {len(lines)} samples ended with timeout at some radius")
+            warnings.append(
+                f"{name}: {late} of {len(lines)} samples ended with timeout at some radius; they count as not "
+                "certified, and as surviving an attack that was not begun"
+            )
     if contents.missing:
         found = ", ".join(f"{len(lines)} of {run.count} samples of {name}" for name, lines in samples.items())
         warnings.append(

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -17,7 +17,7 @@ import torch
 
 from analysis.chunk import Tick
 from analysis.units import Done, Stage, Unit, perform
-from certify.errors import InvalidInput
+from certify.errors import CertifyError, InvalidInput
 
 #: Returns the stage, in whatever process calls it: a function of a module, with plain data.
 Load = Callable[[], Stage]
@@ -50,12 +50,13 @@ def side_by_side(
     context = multiprocessing.get_context("spawn")
     workers: list[_Worker] = []
     try:
-        for _ in range(min(jobs, len(units))):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, load), daemon=True)
-            process.start()
-            theirs.close()
-            workers.append(_Worker(process, ours))
+        with _unheard():
+            for _ in range(min(jobs, len(units))):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs, load), daemon=True)
+                process.start()
+                theirs.close()
+                workers.append(_Worker(process, ours))
         yield from _collect(workers, stage, units, deadline, tick)
     finally:
         for worker in workers:
@@ -63,6 +64,16 @@ def side_by_side(
         for worker in workers:
             worker.process.join()
             worker.pipe.close()
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Processes that are started within the block never hear Ctrl-C, not even while they load: this one answers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _collect(
@@ -108,7 +119,6 @@ def _answer(worker: _Worker) -> Done | Exception:
 
 def _serve(pipe: Connection, load: Load) -> None:
     """What a worker does: compute the units whose numbers come in, until the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers for all
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     stage: Stage | None = None
@@ -124,8 +134,6 @@ def _serve(pipe: Connection, load: Load) -> None:
 
 def _portable(error: Exception) -> Exception:
     """The error as it can be sent: those of ours whole, of others the kind and the words."""
-    from certify.errors import CertifyError
-
     return error if isinstance(error, CertifyError) else RuntimeError(f"{type(error).__name__}: {error}")
 
 

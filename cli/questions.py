@@ -58,7 +58,7 @@ def report(
         show_all(console, found)
         out.publish_report(output.json, found)
     if result is not None and result.done < result.asked:
-        typer.echo(f"time limit: {tell(asked, result.done, result.asked)}", err=True)
+        typer.echo(f"time limit: {tell(asked, f'{result.done} of {result.asked}')}", err=True)
         raise typer.Exit(TIMEOUT)
     if run.shard is not None:
         console.print(f"shard {run.shard} is in {run.out}; certify merge joins all shards", soft_wrap=True)

@@ -48,11 +48,11 @@ class Asked:
 
 def carried_out(asked: Asked) -> Result:
     """Compute what was asked; an interruption ends the command, with words about what is saved."""
-    with promptly("interrupted in the middle of a unit of work; finished ones are saved, --resume goes on"):
+    with promptly(f"interrupted: {tell(asked, 'all finished')}"):
         try:
             return _run(asked)
         except Interrupted as stop:
-            typer.echo(f"interrupted: {tell(asked, stop.done, stop.asked)}", err=True)
+            typer.echo(f"interrupted: {tell(asked, f'{stop.done} of {stop.asked}')}", err=True)
             raise typer.Exit(INTERRUPTED) from None
 
 
@@ -68,7 +68,8 @@ def _run(asked: Asked) -> Result:
         load=partial(stage_of, asked),
     )
     stage, given = prepared(asked)
-    with output.progress("report", sum(map(stage.work, stage.units))) as tick:
+    units = stage.units if way.shard is None else way.shard.take(stage.units)
+    with output.progress("report", sum(map(stage.work, units))) as tick:
         return carry_out(stage, Heading("report", asked.arguments, given.text), way, tick)
 
 
@@ -120,8 +121,8 @@ def _check_from(asked: Asked) -> None:
                 raise InvalidInput(f"{name} with --from", "--from alone: the records know the rest", "leave it out")
 
 
-def tell(asked: Asked, done: int, of: int) -> str:
-    """Return what is saved and how to go on."""
+def tell(asked: Asked, done: str) -> str:
+    """Return what is saved, ``done`` of the units of work, and how to go on."""
     if asked.run.out is None:
         return "nothing is kept: with --out FOLDER finished work stays"
-    return f"{done} of {of} units of work are in {asked.run.out}; the same command with --resume goes on"
+    return f"{done} units of work are in {asked.run.out}; the same command with --resume goes on"

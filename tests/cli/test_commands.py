@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import certify
 from analysis.records import Evaluation, NetworkReport
 from cli import theme
-from cli.main import app, main
+from cli.main import main
 from models import checkpoint
 from models.data import load
 
