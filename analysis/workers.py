@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -69,6 +70,7 @@ def side_by_side(
 @contextmanager
 def _unheard() -> Iterator[None]:
     """Processes that are started within the block never hear Ctrl-C, not even while they load: this one answers."""
+    resource_tracker.ensure_running()  # started within, it would lift the block
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
