@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from analysis.lines import (
     unpack,
 )
 from analysis.plain import Record
-from analysis.records import Course, NetworkReport, Report
+from analysis.records import Course, NetworkReport, Report, SampleRecord, Sensitivity
 from certify.errors import InvalidFile
 from models.files import read_bytes
 
@@ -42,11 +42,6 @@ class Contents:
     heading: bytes
     units: dict[int, bytes]
     whole: int
-
-    @property
-    def missing(self) -> int:
-        """How many units the run still lacks."""
-        return self.run.units - len(self.units)
 
     def lines(self) -> Iterator[Line]:
         """Yield the lines of the units, in the order of their numbers."""
@@ -105,54 +100,57 @@ def _heading(lines: list[bytes], source: str) -> tuple[RunLine, tuple[NetworkLin
 
 def report_of(contents: Contents, timings: bytes) -> Report:
     """Return the report that records and timings make; networks without any sample are left out, with a warning."""
-    samples: dict[str, list[SampleLine]] = {about.name: [] for about in contents.networks}
-    layers: dict[str, LayersLine] = {}
+    samples: dict[str, list[SampleRecord]] = {about.name: [] for about in contents.networks}
+    layers: dict[str, Sensitivity] = {}
     warnings = list(contents.run.warnings)
     for line in contents.lines():
         if isinstance(line, SampleLine):
-            samples[line.network].append(line)
+            samples[line.network].append(line.sample)
         elif isinstance(line, LayersLine):
-            layers[line.network] = line
+            layers[line.network] = line.layers
         elif isinstance(line, WarningLine):
             warnings.append(f"{line.network}: {line.text}")
-    run = contents.run
-    for name, lines in samples.items():
-        late = sum(any(outcome.verdict == "timeout" for outcome in line.sample.outcomes) for line in lines)
-        if late:
-            warnings.append(
-                f"{name}: {late} of {len(lines)} samples ended with timeout at some radius; they count as not "
-                "certified, and as surviving an attack that was not begun"
-            )
-    if contents.missing:
-        found = ", ".join(f"{len(lines)} of {run.count} samples of {name}" for name, lines in samples.items())
-        warnings.append(
-            f"not finished: {len(contents.units)} of {run.units} units of work are done ({found}); rates are over those"
-        )
+    run, found = contents.run, [about for about in contents.networks if samples[about.name]]
     return Report(
         command=run.command,
         arguments=run.arguments,
         samples=run.samples,
         seed=run.seed,
         versions=run.versions,
-        networks=tuple(
-            _network(about, samples[about.name], layers.get(about.name))
-            for about in contents.networks
-            if samples[about.name]
-        ),
-        warnings=tuple(warnings),
+        networks=tuple(_network(about, samples[about.name], layers.get(about.name)) for about in found),
+        warnings=(*warnings, *_late(samples), *_unfinished(contents, samples)),
         course=_course(timings),
     )
 
 
-def _network(about: NetworkLine, samples: list[SampleLine], layers: LayersLine | None) -> NetworkReport:
+def _late(samples: Mapping[str, Sequence[SampleRecord]]) -> Iterator[str]:
+    """Which networks' samples ran out of time."""
+    for name, records in samples.items():
+        late = sum(any(outcome.verdict == "timeout" for outcome in record.outcomes) for record in records)
+        if late:
+            yield (
+                f"{name}: {late} of {len(records)} samples ended with timeout at some radius; they count as not "
+                "certified, and as surviving an attack that was not begun"
+            )
+
+
+def _unfinished(contents: Contents, samples: Mapping[str, Sequence[SampleRecord]]) -> Iterator[str]:
+    """What a run still lacks."""
+    done, units, count = len(contents.units), contents.run.units, contents.run.count
+    if done < units:
+        found = ", ".join(f"{len(records)} of {count} samples of {name}" for name, records in samples.items())
+        yield f"not finished: {done} of {units} units of work are done ({found}); rates are over those"
+
+
+def _network(about: NetworkLine, samples: Sequence[SampleRecord], layers: Sensitivity | None) -> NetworkReport:
     return NetworkReport(
         name=about.name,
         source=about.source,
         network=about.network,
         parameters=about.parameters,
         normalisation=about.normalisation,
-        evaluation=tally([line.sample for line in samples], about.conditions),
-        layers=None if layers is None else layers.layers,
+        evaluation=tally(samples, about.conditions),
+        layers=layers,
     )
 
 

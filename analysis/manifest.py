@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -14,20 +15,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from analysis.chunk import Batch
 from analysis.lines import SCHEMA_VERSION, digest
 from analysis.plain import Record, encode
 from analysis.units import Stage
 from certify.errors import InvalidFile
+from certify.graph import trace
 from models.files import read_json
+
+#: Fields of a manifest, in words.
+_WORDS = {
+    "models": "weights of",
+    "structures": "structure of",
+    "data": "data",
+    "configuration": "configuration",
+    "versions": "version of",
+}
 
 
 @dataclass(frozen=True)
 class Manifest(Record):
-    """Hashes of the models' weights and of the data, the configuration in full, and versions; ``shard`` is "i/n"."""
+    """Hashes of the models' weights and structure and of the data, the configuration in full, and versions.
+
+    ``shard`` is "i/n", None for an undivided run.
+    """
 
     schema_version: int
     identity: str
     models: dict[str, str]
+    structures: dict[str, str]
     data: dict[str, str]
     configuration: dict[str, Any]
     versions: dict[str, str]
@@ -51,40 +67,44 @@ class Manifest(Record):
 
     def differences(self, other: Manifest) -> Iterator[str]:
         """Yield the words for what differs."""
-        for name, word in (("models", "model"), ("data", "data"), ("configuration", "configuration")):
-            yield from (f"{word} {key}" for key in _unequal(getattr(self, name), getattr(other, name)))
-        yield from (f"version of {key}" for key in _unequal(self.versions, other.versions))
+        for name, words in _WORDS.items():
+            yield from (f"{words} {key}" for key in _unequal(getattr(self, name), getattr(other, name)))
         if self.shard != other.shard:
             yield f"shard {other.shard or 'none'}"
 
 
 def manifest_of(stage: Stage) -> Manifest:
     """Return the manifest of an undivided run."""
-    protocol, first = stage.protocol, stage.cases[0].batch
+    first = stage.cases[0].batch
     facts: dict[str, Any] = {
         "models": {case.about.name: case.about.weights_sha256 for case in stage.cases},
+        "structures": {case.about.name: _structure(case.batch) for case in stage.cases},
         "data": {
             "images": tensor_digest({"x": first.x.flatten(1)}),
             "labels": tensor_digest({"y": first.y}),
             "places": tensor_digest({"index": first.index}),
         },
-        "configuration": encode(
-            {
-                "networks": [case.about.name for case in stage.cases],
-                "normalisation": [case.about.normalisation for case in stage.cases],
-                "shapes": [list(case.batch.x.shape[1:]) for case in stage.cases],
-                **protocol.conditions(first.x.dtype).to_dict(),
-                "arithmetic": [case.about.conditions.arithmetic for case in stage.cases],
-                "batch": protocol.batch,
-                "sample_seconds": protocol.sample_seconds,
-                "layer_radius": stage.layers.radius,
-                "layer_samples": stage.layers.samples,
-            }
-        ),
+        "configuration": encode(_configuration(stage)),
         "versions": versions(),
     }
     identity = digest(json.dumps(facts, sort_keys=True, allow_nan=False).encode())
     return Manifest(SCHEMA_VERSION, identity, **facts)
+
+
+def _configuration(stage: Stage) -> dict[str, Any]:
+    """All settings that decide a number."""
+    protocol, cases = stage.protocol, stage.cases
+    return {
+        "networks": [case.about.name for case in cases],
+        "normalisation": [case.about.normalisation for case in cases],
+        "shapes": [tuple(case.batch.x.shape[1:]) for case in cases],
+        **protocol.conditions(cases[0].batch.x.dtype).to_dict(),
+        "arithmetic": [case.about.conditions.arithmetic for case in cases],
+        "batch": protocol.batch,
+        "sample_seconds": protocol.sample_seconds,
+        "layer_radius": stage.layers.radius,
+        "layer_samples": stage.layers.samples,
+    }
 
 
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -95,6 +115,13 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
         found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         found.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def _structure(batch: Batch) -> str:
+    """The hash of modules with their options, and of the nodes that the network is made of."""
+    modules = re.sub(r"0x[0-9a-f]+", "", repr(batch.model))  # where an object lies in memory is no fact about it
+    nodes = trace(batch.model, batch.x[:1]).nodes.values()
+    return digest("\n".join([modules, *(f"{node.name} {node.kind} {node.shape}" for node in nodes)]).encode())
 
 
 def versions() -> dict[str, str]:

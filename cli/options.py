@@ -103,7 +103,9 @@ class RunOptions:
     from_: Annotated[
         Path | None, typer.Option("--from", metavar="PATH", help="Show what an earlier --out, or its records, holds.")
     ] = None
-    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Processes that share the work.")] = 1
+    jobs: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Processes that share the work; with --out each has one thread.")
+    ] = 1
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Only every N-th unit of work, from the I-th; see certify merge.")
     ] = None

@@ -24,6 +24,7 @@ from analysis.records import Report
 from analysis.runs import Interrupted, Result, Way, carry_out
 from analysis.shard import Shard
 from certify.errors import InvalidFile, InvalidInput
+from models import mlp
 
 
 def kept(folder: Path, **ways: object) -> Result:
@@ -196,6 +197,14 @@ def changed_weights(at: units.Stage) -> units.Stage:
     return replace(at, cases=(at.cases[0], replace(at.cases[1], about=about)))
 
 
+def changed_structure(at: units.Stage) -> units.Stage:
+    """The same weights between other activations."""
+    batch = at.cases[0].batch
+    model = mlp([6, 8, 4], "tanh").eval()
+    model.load_state_dict(batch.model.state_dict())
+    return replace(at, cases=(replace(at.cases[0], batch=replace(batch, model=model)), at.cases[1]))
+
+
 def changed_data(at: units.Stage) -> units.Stage:
     batch = at.cases[0].batch
     x = batch.x.clone()
@@ -206,8 +215,9 @@ def changed_data(at: units.Stage) -> units.Stage:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        (changed_weights, "model two"),
+        (changed_weights, "weights of two"),
         (changed_data, "data images"),
+        (changed_structure, "structure of one"),
         (lambda at: replace(at, protocol=replace(at.protocol, radii=RADII[:1])), "configuration radii"),
         (lambda at: replace(at, protocol=replace(at.protocol, seed=1)), "configuration seed"),
         (lambda at: replace(at, protocol=replace(at.protocol, batch=5)), "configuration batch"),

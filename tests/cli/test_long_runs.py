@@ -163,7 +163,7 @@ def test_other_weights_do_not_go_on(folder: Path, capsys: Capture) -> None:
     assert main(f"{SMALL} --out run --resume".split()) == 5
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
-    assert "differs in model net" in lines[0]
+    assert "differs in weights of net" in lines[0]
 
 
 @pytest.mark.slow
