@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
+import certify
 from analysis.journal import MANIFEST, RECORDS, read
 from analysis.records import Report
 from cli.main import main
@@ -256,3 +258,26 @@ def test_submitted_shards_are_the_run(folder: Path, capsys: Capture, monkeypatch
     capsys.readouterr()
     done(capsys, f"{SMALL} --out whole")
     assert (folder / "merged" / RECORDS).read_bytes() == (folder / "whole" / RECORDS).read_bytes()
+
+
+def test_an_alarm_keeps_what_was_found_before_it(
+    folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Liar(certify.CROWN):
+        """Certifies everything from its third set of samples on."""
+
+        name = "liar"
+        left = 2
+
+        def bound(self, *args: object) -> Tensor:
+            found = certify.CROWN().bound(*args)  # type: ignore[arg-type]
+            Liar.left -= 1
+            return found if Liar.left >= 0 else found.clamp(min=1.0)
+
+    monkeypatch.setitem(certify.registry.METHODS, "liar", Liar)
+    words = "report net --radius 0.3 --samples 60 --batch 5 --restarts 1 --steps 5 --methods liar --no-layers --out run"
+    assert main(words.split()) == 6
+    assert len(capsys.readouterr().err.splitlines()) == 3
+    assert len(list((folder / "run" / "alarms").glob("*.npz"))) == 1
+    (network,) = read(folder / "run").networks
+    assert network.evaluation.count >= 10
