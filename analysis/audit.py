@@ -19,12 +19,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from analysis.evaluation import Protocol
 from analysis.plain import Record
+from analysis.protocol import Protocol
 from certify import Box, LpBall, class_margins
 from certify.attacks import APGD, APGDT, FGSM, PGD, RFGSM, Adaptive, Attack, Ensemble, Square, Transfer
 from certify.attacks.base import Objective, evaluating
 from certify.attacks.losses import cross_entropy
+from certify.draws import Draws
 from certify.errors import InvalidInput
 
 #: Images by which one attack may beat another by luck: one, or this share of them. On honest, adversarially trained
@@ -105,6 +106,10 @@ class _Case:
         return self.protocol.ball(self.x, self.radius)
 
     @cached_property
+    def seeds(self) -> Int[Tensor, "n"]:
+        return self.protocol.seeds(torch.arange(len(self.x)))
+
+    @cached_property
     def white(self) -> Bool[Tensor, "n"]:
         """What falls to attacks that use the gradients as they are."""
         return self.broken(Ensemble(attacks=(PGD(restarts=2), APGD(), APGDT(targets=min(9, self.classes - 1)))))
@@ -113,7 +118,7 @@ class _Case:
         """Where the attack succeeds; the same seed every time."""
         spec = class_margins(self.y, self.classes, self.x.dtype)
         domain = self.ball if domain is None else domain
-        return attack(self.model, domain, spec, generator=self.protocol.generator()).success
+        return attack(self.model, domain, spec, generator=self.seeds).success
 
     def lucky(self, count: int) -> bool:
         """Whether so many images are no more than luck."""
@@ -145,7 +150,7 @@ def _softmax_output(case: _Case) -> Finding:
 def _zero_gradients(case: _Case) -> Finding:
     """A gradient of exactly 0 leads nowhere."""
     spec, objective = class_margins(case.y, case.classes, torch.float64), Objective(case.model)
-    places = (case.x, case.ball.sample(1, case.protocol.generator())[0])
+    places = (case.x, case.ball.sample(1, case.seeds)[0])
     gone = [(objective.gradient(point, spec, cross_entropy)[1] == 0).flatten(1).all(1) for point in places]
     share = float(torch.cat(gone).double().mean())
     evidence = f"{100 * share:.1f} % of the gradients, at the images and at random points around, are exactly 0"
@@ -215,7 +220,8 @@ def _surface(case: _Case) -> Finding:
     small = case.protocol.ball(case.x, case.radius / 4)
     gradient = objective.gradient(case.x, spec, cross_entropy)[1]
     here = objective.rows(small.steepest(gradient), spec).amin(1)
-    draws = torch.randn((DIRECTIONS, *case.x.shape), generator=case.protocol.generator()).to(case.x)
+    normal = Draws(case.seeds, len(case.x), case.x.device).normal(DIRECTIONS, *case.x.shape[1:])
+    draws = normal.transpose(0, 1).to(case.x.dtype)
     random = torch.stack([objective.rows(small.steepest(draw), spec).amin(1) for draw in draws]).amin(0)
     share = float((here <= random).double().mean())
     evidence = f"on {100 * share:.0f} % of the images a quarter step along the gradient beats {DIRECTIONS} random ones"

@@ -46,7 +46,7 @@ def layer_sensitivity(
     ball, spec = protocol.ball(x[right], radius), spec.take(right)
     graph = trace(model, ball.center)
     widths, blames = _bounding(graph, ball, spec, protocol.arithmetic)
-    witness = protocol.attack(model, ball, spec, generator=protocol.generator()).witness
+    witness = protocol.attack(model, ball, spec, generator=protocol.seeds(right.cpu())).witness
     upper, remark = _certified_factors(model, graph)
     lower, distances = _sampled(model, ball.center, witness)
     rows = [

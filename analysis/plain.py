@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 from fractions import Fraction
@@ -53,7 +54,12 @@ def decode(kind: Any, data: Any) -> Any:
     if origin is dict:
         return {key: decode(args[1], value) for key, value in data.items()}
     if isinstance(kind, type) and issubclass(kind, Record):
-        hints = get_type_hints(kind)
+        hints = _hints(kind)  # type: ignore[arg-type]  # classes can be hashed
         names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]  # all are dataclasses
         return kind(**{name: decode(hints[name], data[name]) for name in names})
     return kind(data) if kind in (float, Fraction) else data
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)

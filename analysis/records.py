@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from analysis.plain import Record
 from certify.errors import InvalidInput
@@ -45,6 +45,10 @@ class Rate(Record):
         return float(beta.ppf(0.975, self.count + 1, self.total - self.count)) if self.count < self.total else 1.0
 
 
+#: What is known about a sample at a radius.
+Word = Literal["holds", "violated", "unknown", "timeout"]
+
+
 @dataclass(frozen=True)
 class Outcome(Record):
     """What is known about one sample at one radius.
@@ -52,12 +56,14 @@ class Outcome(Record):
     ``attacked``: some point of the set is misclassified (the image itself counts).
     ``worst`` is the smallest margin that was met, ``lower`` the certified lower bound of the smallest margin by
     method, None where there is none: the image is misclassified or fell to the attack, or nothing is known.
+    ``late`` are the methods, or "attack", that gave no answer within the sample's time.
     """
 
     radius: Fraction
     attacked: bool
     worst: float
     lower: dict[str, float | None] = field(default_factory=dict)
+    late: tuple[str, ...] = ()
     derived: ClassVar[tuple[str, ...]] = ("verdict",)
 
     def certified(self, method: str) -> bool:
@@ -66,11 +72,16 @@ class Outcome(Record):
         return lower is not None and lower > 0 and not self.attacked
 
     @property
-    def verdict(self) -> str:
-        """The word of ``certify.Verdict``: holds (by some method), violated or unknown."""
+    def verdict(self) -> Word:
+        """Holds (by some method), violated, unknown or timeout; the last two count as not certified.
+
+        A deadline gives timeout, never a better word than its absence would.
+        """
         if self.attacked:
             return "violated"
-        return "holds" if any(self.certified(method) for method in self.lower) else "unknown"
+        if any(self.certified(method) for method in self.lower):
+            return "holds"
+        return "timeout" if self.late else "unknown"
 
 
 @dataclass(frozen=True)
@@ -103,7 +114,19 @@ class RadiusRow(Record):
     radius: Fraction
     attacked: Rate
     certified: dict[str, Rate]
-    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Conditions(Record):
+    """Under which perturbations, attack, methods and arithmetic a network was examined."""
+
+    radii: tuple[Fraction, ...]
+    norm: str
+    clip: tuple[float, float] | None
+    methods: tuple[str, ...]
+    attack: str
+    arithmetic: str
+    seed: int
 
 
 @dataclass(frozen=True)

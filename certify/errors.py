@@ -25,6 +25,9 @@ class CertifyError(Exception):
             lines.append(f"try: {self.remedy}")
         super().__init__("\n".join(lines))
 
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.got, self.expected, self.remedy)  # across processes, with its three parts
+
 
 class InvalidInput(CertifyError, ValueError):
     """A value, shape, dtype or name that cannot be meant."""

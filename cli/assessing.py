@@ -1,32 +1,23 @@
-"""Measure networks and print what came out: what ``report`` and ``demo`` share."""
+"""Options to questions, and reports to the terminal: what ``report`` and ``demo`` share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from fractions import Fraction
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
-from analysis.evaluation import Protocol, evaluate
-from analysis.layers import layer_sensitivity
-from analysis.records import NetworkReport, Sensitivity
+from analysis.chunk import Batch
+from analysis.evaluation import fit
+from analysis.lines import NetworkLine
+from analysis.manifest import tensor_digest
+from analysis.protocol import Protocol
+from analysis.records import Course, NetworkReport, Report
+from analysis.units import Case, LayerPlan
 from cli import render, theme, words
 from cli.options import AttackOptions, BallOptions, BoundOptions, LayerOptions
-from cli.output import progress
 from cli.parsing import attack_of, exponent, items, radii, single
 from cli.subjects import Samples, Subject, inputs
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """At which radius and on how many samples the layers are measured; where a sample is saved after an alarm."""
-
-    radius: Fraction | None
-    samples: int
-    dump: Path = Path("alarms")
 
 
 def protocol_of(
@@ -51,29 +42,37 @@ def plan_of(options: LayerOptions, protocol: Protocol) -> LayerPlan:
     return LayerPlan(radius, options.layer_samples) if options.layers else LayerPlan(None, 0)
 
 
-def assess(network: Subject, given: Samples, protocol: Protocol, plan: LayerPlan) -> NetworkReport:
-    """Return all that is measured of one network, with a progress bar on stderr."""
-    x, y = inputs(network, given), given.y
-    with progress(network.name, protocol.work(len(x))) as tick:
-        found = evaluate(network.model, x, y, protocol, index=given.index, dump=plan.dump, tick=tick)
-    layers: Sensitivity | None = None
-    right = [place for place, sample in enumerate(found.samples) if sample.correct][: plan.samples]
-    if plan.radius is not None and right:
-        with progress(f"{network.name}: layers", len(right)):
-            layers = layer_sensitivity(network.model, x[right], y[right], protocol, radius=plan.radius)
-    return NetworkReport(
+def case_of(network: Subject, given: Samples, protocol: Protocol) -> Case:
+    """Return the network and its samples as a run takes them."""
+    x, y, classes = fit(network.model, inputs(network, given), given.y)
+    about = NetworkLine(
         name=network.name,
         source=network.source,
         network=network.network,
         parameters=network.parameters,
         normalisation=network.normalisation,
-        evaluation=found,
-        layers=layers,
+        weights_sha256=tensor_digest(network.model.state_dict()),
+        conditions=protocol.conditions(x.dtype),
     )
+    return Case(about, Batch(network.model, x, y, classes, given.index))
 
 
-def show(console: Console, report: NetworkReport) -> None:
-    """Print one network's report."""
+def show_all(console: Console, report: Report) -> None:
+    """Print a report as the command ``report`` does."""
+    console.print(f"{report.samples}\n")
+    for warning in report.warnings:
+        console.print(f"[{theme.WARN}]warning:[/] {escape(warning)}")
+    if report.warnings:
+        console.print()
+    for network in report.networks:
+        show(console, network, report.course)
+    if len(report.networks) > 1:
+        show_together(console, report.networks)
+    legend(console, words.LEGEND + (words.LAYER_LEGEND if report.arguments.get("layers") else ()))
+
+
+def show(console: Console, report: NetworkReport, course: Course | None) -> None:
+    """Print one network's report, and the time that it took where that is known."""
     for line in render.heading(report):
         console.print(line)
     console.print(render.accuracies(report.evaluation))
@@ -86,7 +85,8 @@ def show(console: Console, report: NetworkReport) -> None:
             console.print(escape(sentence))
     elif report.evaluation.clean.count == 0:
         console.print("No layer was measured: the network is right on none of these images.")
-    console.print(render.timings(report.evaluation), style="dim")
+    if course is not None:
+        console.print(render.timings(course.seconds.get(report.name, {})), style="dim")
     console.print()
 
 
@@ -94,8 +94,9 @@ def show_together(console: Console, reports: Sequence[NetworkReport]) -> None:
     """Print several networks side by side."""
     console.print(render.side_by_side(reports))
     for other in reports[1:]:
-        for sentence in words.contrast(reports[0], other):
-            console.print(escape(sentence))
+        if other.evaluation.count == reports[0].evaluation.count:  # else one of them is not finished
+            for sentence in words.contrast(reports[0], other):
+                console.print(escape(sentence))
     console.print()
 
 

@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-INTERRUPTED, INTERNAL, BAD_FILE = 130, 6, 5
+INTERRUPTED, INTERNAL, BAD_FILE, TIMEOUT = 130, 6, 5, 4
 
 #: click's own errors, wherever typer keeps click.
 _ClickError = typer.BadParameter.__mro__[2]

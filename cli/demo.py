@@ -35,27 +35,30 @@ def demo(
     """
     import torch
 
-    from analysis.evaluation import Protocol
+    from analysis.protocol import Protocol
+    from analysis.runs import Heading, carry_out
+    from analysis.units import LayerPlan, Stage
     from cli import output, words
-    from cli.assessing import LayerPlan, assess, legend, show, show_together
+    from cli.assessing import case_of, legend, show, show_together
     from cli.parsing import attack_of, radii
 
     torch.set_num_threads(1)  # layers of 64 neurons only lose to a second thread, ten-fold on a busy machine
     console = output.console()
     given, networks = _trained(console, out, quick)
     protocol = Protocol(radii=radii(RADII), methods=("ibp", "crown"), attack=attack_of("pgd"))
-    plan = LayerPlan(radii(LAYER_RADIUS)[0], QUICK_SAMPLES if quick else LAYER_SAMPLES, out)
-    found = [assess(network, given, protocol, plan) for network in networks]
+    plan = LayerPlan(radii(LAYER_RADIUS)[0], QUICK_SAMPLES if quick else LAYER_SAMPLES)
+    stage = Stage(tuple(case_of(network, given, protocol) for network in networks), protocol, plan, out)
+    with output.progress("evaluating", sum(map(stage.work, stage.units))) as tick:
+        report = carry_out(stage, Heading("demo", {"out": out, "quick": quick}, given.text), tick=tick).report
     console.print(f"\nEvaluated on {given.text}.\n")
-    for report in found:
-        show(console, report)
-    show_together(console, found)
+    for network in report.networks:
+        show(console, network, report.course)
+    show_together(console, report.networks)
     legend(console, (*words.LEGEND, *words.LAYER_LEGEND))
     console.print("In plain words", style="bold")
-    for sentence in words.closing(found):
+    for sentence in words.closing(report.networks):
         console.print(sentence, markup=False)
-    results = {"samples": given.text, "networks": found}
-    output.publish(str(out / "report.json"), "demo", output.arguments(out=out, quick=quick), results)
+    output.publish_report(str(out / "report.json"), report)
     console.print(f"\nAll numbers: {out / 'report.json'}; the networks: {out / 'relu'}, {out / 'kaf'}", soft_wrap=True)
 
 

@@ -16,6 +16,7 @@ from cli.complaints import complain
 from cli.demo import demo
 from cli.diagnosing import diagnose
 from cli.learning import train
+from cli.merging import merge
 from cli.rates import lr_find
 from cli.smoothing import smooth
 from cli.sweeping import sweep
@@ -29,8 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_ASKING = (questions.report, questions.bounds, questions.attack, questions.lipschitz)
-for _command in (demo, train, lr_find, sweep, diagnose, *_ASKING, audit, smooth, ops):
+_ASKING = (questions.report, merge, questions.bounds, questions.attack, questions.lipschitz, audit, smooth)
+for _command in (demo, train, lr_find, sweep, diagnose, *_ASKING, ops):
     app.command(_command.__name__.replace("_", "-"))(bundled(at_home(_command)))
 
 

@@ -90,3 +90,33 @@ class LayerOptions:
     layers: Annotated[bool, typer.Option(help="Measure each layer too.")] = True
     layer_radius: Annotated[str | None, typer.Option(metavar="R", help="At this radius [the smallest one].")] = None
     layer_samples: Annotated[int, typer.Option(min=1, metavar="N", help="On at most so many samples.")] = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How to go through a long run, and where it is kept."""
+
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Keep records.jsonl, timings.jsonl and manifest.json here.")
+    ] = None
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what --out holds.")] = False
+    from_: Annotated[
+        Path | None, typer.Option("--from", metavar="PATH", help="Show what an earlier --out, or its records, holds.")
+    ] = None
+    jobs: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Processes that share the work; with --out each has one thread.")
+    ] = 1
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Only every N-th unit of work, from the I-th; see certify merge.")
+    ] = None
+    slurm: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Submit N shards to SLURM instead (needs submitit).")
+    ] = None
+    time_limit: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="Begin nothing new after S seconds (exit code 4)."),
+    ] = None
+    sample_time_limit: Annotated[
+        float | None, typer.Option(metavar="S", help="Seconds per sample; what is late says timeout.")
+    ] = None
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Samples computed together: a unit of work.")] = 100

@@ -9,14 +9,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from analysis.manifest import versions
 from analysis.plain import encode
+from analysis.records import Report
 from certify.errors import InvalidFile
 from cli.theme import PLAIN_WIDTH
 from models.files import write
@@ -69,18 +70,28 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def publish(target: str | None, command: str, arguments: dict[str, Any], results: Any) -> None:
     """Write the results as JSON, with all that is needed to repeat them; atomically, or to stdout for "-"."""
-    if target is None:
-        return
     document = {
-        "schema_version": SCHEMA_VERSION,
         "command": command,
         "arguments": encode(arguments),
         "seed": arguments.get("seed", 0),
-        "versions": _versions(),
+        "versions": versions(),
         "machine": {"system": platform.platform(), "cores": os.cpu_count()},
         "results": encode(results),
     }
-    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    _deliver(target, document)
+
+
+def publish_report(target: str | None, report: Report) -> None:
+    """Write a report as JSON: all of it, and nothing that it does not hold."""
+    results = report.to_dict()
+    shared = {name: results[name] for name in ("command", "arguments", "seed", "versions")}
+    _deliver(target, {**shared, "results": results})
+
+
+def _deliver(target: str | None, document: dict[str, Any]) -> None:
+    if target is None:
+        return
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **document}, indent=1, allow_nan=False) + "\n"
     if target == STDOUT:
         sys.stdout.write(text)
     else:
@@ -93,14 +104,4 @@ def arguments(*bundles: Any, **others: Any) -> dict[str, Any]:
     for bundle in bundles:
         found.update(asdict(bundle))
     found.update(others)
-    return found
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("kafcert", "torch", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
     return found

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from cli.complaints import TIMEOUT
 from cli.options import (
     AttackOptions,
     BallOptions,
@@ -16,6 +17,7 @@ from cli.options import (
     LayerOptions,
     NetworkOptions,
     OutputOptions,
+    RunOptions,
 )
 
 _ESTIMATORS = "recursion,eclipse-fast,product,jacobian"
@@ -28,32 +30,38 @@ def report(
     bounding: BoundOptions,
     attack: AttackOptions,
     layers: LayerOptions,
+    run: RunOptions,
     output: OutputOptions,
 ) -> None:
     """Accuracy for certain and under attack, and layer by layer.
 
-    Several networks are measured on the same samples and put side by side.
+    Several networks are measured on the same samples and put side by side. With --out every finished unit of work is
+    on disk: after an interruption the same command with --resume goes on, and --from shows the report again.
     """
+    from analysis import journal
     from cli import output as out
-    from cli import words
-    from cli.assessing import assess, legend, plan_of, protocol_of, show, show_together
-    from cli.subjects import samples, subjects
+    from cli.assessing import show_all
+    from cli.running import Asked, carried_out, check, tell
 
     console = out.console(output.json)
-    protocol = protocol_of(ball, data.seed, attack, bounding)
-    plan = plan_of(layers, protocol)
-    asked = subjects(networks)
-    given = samples(data, asked)
-    console.print(f"{given.text}\n")
-    found = []
-    for network in asked:
-        found.append(assess(network, given, protocol, plan))
-        show(console, found[-1])
-    if len(found) > 1:
-        show_together(console, found)
-    legend(console, words.LEGEND + (words.LAYER_LEGEND if plan.radius is not None else ()))
-    options = out.arguments(networks, data, ball, bounding, attack, layers)
-    out.publish(output.json, "report", options, {"samples": given.text, "networks": found})
+    asked = Asked(networks=networks, data=data, ball=ball, bounding=bounding, attack=attack, layers=layers, run=run)
+    check(asked)
+    if run.slurm is not None and run.out is not None:
+        from cli.slurm import submit
+
+        names = submit(asked, run.out, run.slurm)
+        console.print(f"jobs {', '.join(names)}; then: certify merge {run.out}/shard-* --out FOLDER", soft_wrap=True)
+        return
+    result = None if run.from_ is not None else carried_out(asked)
+    found = journal.read(run.from_ or "") if result is None else result.report
+    if run.shard is None:
+        show_all(console, found)
+        out.publish_report(output.json, found)
+    if result is not None and result.done < result.asked:
+        typer.echo(f"time limit: {tell(asked, f'{result.done} of {result.asked}')}", err=True)
+        raise typer.Exit(TIMEOUT)
+    if run.shard is not None:
+        console.print(f"shard {run.shard} is in {run.out}; certify merge joins all shards", soft_wrap=True)
 
 
 def bounds(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -13,7 +13,7 @@ from analysis.records import Evaluation, LayerRow, NetworkReport, OutputBounds, 
 from certify.results import LipschitzEstimate
 from cli.theme import BAD, DIM, GOOD, NAME, WARN, bound, count, number, percent, radius, rate, seconds, shape, table
 
-VERDICTS = {"holds": GOOD, "violated": BAD, "unknown": WARN}
+VERDICTS = {"holds": GOOD, "violated": BAD, "unknown": WARN, "timeout": WARN}
 
 
 def heading(report: NetworkReport) -> Iterable[str]:
@@ -88,11 +88,9 @@ COSTS: dict[str, Callable[[LayerRow], str]] = {
 }
 
 
-def timings(found: Evaluation) -> str:
+def timings(spent: Mapping[str, float]) -> str:
     """A line with the seconds spent per task."""
-    names = found.rows[0].seconds
-    parts = (f"{name} {seconds(sum(row.seconds[name] for row in found.rows))}" for name in names)
-    return f"time: {', '.join(parts)}"
+    return f"time: {', '.join(f'{name} {seconds(value)}' for name, value in spent.items())}"
 
 
 def margins(rows: Sequence[OutputBounds]) -> Table:

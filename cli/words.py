@@ -11,7 +11,7 @@ from cli.theme import percent, radius
 LEGEND = (
     "clean: right without any change. after attack: still right after the strongest change that the attack found.",
     "certified: PROVED right for every change within the radius (ibp and crown are two ways to prove; ibp is quicker "
-    "and looser). The truth lies between certified and after attack.",
+    "and looser); unknown and timeout count as not certified. The truth lies between certified and after attack.",
 )
 
 LAYER_LEGEND = (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from analysis import audit as auditing
 from analysis.audit import Audit, audit
-from analysis.evaluation import Protocol
+from analysis.protocol import Protocol
 from certify.errors import InvalidInput
 from models.data import load
 from models.networks import architecture, build

@@ -17,6 +17,22 @@ NET = "--samples 4 --no-layers"
 
 #: Command line and exit code; files are made by ``plant``.
 CASES = {
+    "resuming nowhere": ("report net --resume", 2),
+    "a shard that is kept nowhere": ("report net --shard 1/2", 2),
+    "shards submitted to nowhere": ("report net --slurm 2", 2),
+    "a shard beyond the last": ("report net --out run --shard 3/2", 2),
+    "a shard that is none": ("report net --out run --shard half", 2),
+    "a shard of submitted shards": ("report net --out run --shard 1/2 --slurm 2", 2),
+    "no jobs": ("report net --jobs 0", 2),
+    "no time": ("report net --time-limit 0", 2),
+    "time that is no number": ("report net --sample-time-limit nan", 2),
+    "no batch": ("report net --batch 0", 2),
+    "a network twice": ("report net net", 2),
+    "a network with records": ("report net --from found", 2),
+    "a radius with records": ("report --from found --radius 0.1", 2),
+    "results in a file": ("report net --out net/model.json", 5),
+    "nothing to merge": ("merge absent --out merged", 5),
+    "merging to nowhere": ("merge net", 2),
     "no command of that name": ("certainly", 2),
     "no option of that name": ("report net --frobnicate", 2),
     "no network": ("report", 2),

@@ -327,7 +327,8 @@ def test_the_whole_demo_keeps_its_promises(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "demo", "train", "lr-find", "sweep", "diagnose", "report", "bounds", "attack", "lipschitz", "ops"]
+    "command",
+    ["", "demo", "train", "lr-find", "sweep", "diagnose", "report", "merge", "bounds", "attack", "lipschitz", "ops"],
 )
 def test_help_needs_no_torch(folder: Path, command: str) -> None:
     code = (

@@ -1,0 +1,128 @@
+"""``certify report`` as a run: prepared, computed, kept, gone on with, or shown again."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from analysis.runs import Heading, Interrupted, Result, Way, carry_out
+from analysis.shard import Shard
+from analysis.units import Stage
+from certify.errors import InvalidInput
+from cli import output
+from cli.assessing import case_of, plan_of, protocol_of
+from cli.complaints import INTERRUPTED
+from cli.interrupts import promptly
+from cli.options import AttackOptions, BallOptions, BoundOptions, DataOptions, LayerOptions, NetworkOptions, RunOptions
+from cli.subjects import Samples, samples, subjects
+
+#: Options of a run that decide no number.
+_WAYS = ("out", "resume", "from_", "jobs", "shard", "slurm", "time_limit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """All that the command line said about a run."""
+
+    networks: NetworkOptions
+    data: DataOptions
+    ball: BallOptions
+    bounding: BoundOptions
+    attack: AttackOptions
+    layers: LayerOptions
+    run: RunOptions
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The settings that decide the numbers."""
+        bundles = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return {name: value for name, value in output.arguments(*bundles).items() if name not in _WAYS}
+
+
+def carried_out(asked: Asked) -> Result:
+    """Compute what was asked; an interruption ends the command, with words about what is saved."""
+    with promptly(f"interrupted: {tell(asked, 'all finished')}"):
+        try:
+            return _run(asked)
+        except Interrupted as stop:
+            typer.echo(f"interrupted: {tell(asked, f'{stop.done} of {stop.asked}')}", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+def _run(asked: Asked) -> Result:
+    """Compute what was asked, with a progress bar on stderr."""
+    deadline = math.inf if asked.run.time_limit is None else time.monotonic() + asked.run.time_limit
+    way = Way(
+        folder=asked.run.out,
+        resume=asked.run.resume,
+        jobs=asked.run.jobs,
+        shard=None if asked.run.shard is None else Shard.parse(asked.run.shard),
+        deadline=deadline,
+        load=partial(stage_of, asked),
+    )
+    stage, given = prepared(asked)
+    units = stage.units if way.shard is None else way.shard.take(stage.units)
+    with output.progress("report", sum(map(stage.work, units))) as tick:
+        return carry_out(stage, Heading("report", asked.arguments, given.text), way, tick)
+
+
+def prepared(asked: Asked) -> tuple[Stage, Samples]:
+    """Return what a run works on, and its samples."""
+    limit = asked.run.sample_time_limit
+    protocol = dataclasses.replace(
+        protocol_of(asked.ball, asked.data.seed, asked.attack, asked.bounding),
+        batch=asked.run.batch,
+        sample_seconds=math.inf if limit is None else limit,
+    )
+    plan, networks = plan_of(asked.layers, protocol), subjects(asked.networks)
+    names = [network.name for network in networks]
+    if len({*names}) < len(names):
+        raise InvalidInput(f"the networks {', '.join(names)}", "each of them once", "leave out what is there twice")
+    given = samples(asked.data, networks)
+    cases = tuple(case_of(network, given, protocol) for network in networks)
+    return Stage(cases, protocol, plan, Path("alarms") if asked.run.out is None else asked.run.out / "alarms"), given
+
+
+def stage_of(asked: Asked) -> Stage:
+    """Return what a run works on; other processes call it."""
+    return prepared(asked)[0]
+
+
+def check(asked: Asked) -> None:
+    """Raise ``InvalidInput`` for options that contradict each other."""
+    run = asked.run
+    if run.from_ is not None:
+        _check_from(asked)
+    for name in ("resume", "shard", "slurm"):
+        if getattr(run, name) and run.out is None:
+            raise InvalidInput(f"--{name} without --out", "the folder of the run", f"--{name} with --out FOLDER")
+    for name in ("time_limit", "sample_time_limit"):
+        seconds = getattr(run, name)
+        if seconds is not None and not 0 < seconds < math.inf:
+            raise InvalidInput(f"--{name.replace('_', '-')} {seconds:g}", "seconds > 0", "--time-limit 3600")
+    if run.slurm is not None and run.shard is not None:
+        raise InvalidInput("--slurm with --shard", "one of them", "--slurm N, which submits all N shards")
+
+
+def _check_from(asked: Asked) -> None:
+    """With --from all is said: any other option would be ignored in silence."""
+    for bundle in dataclasses.fields(asked):
+        given = getattr(asked, bundle.name)
+        for field in dataclasses.fields(given):
+            if getattr(given, field.name) not in (field.default, []) and field.name != "from_":
+                name = "a network" if field.name == "checkpoints" else f"--{field.name.replace('_', '-')}"
+                raise InvalidInput(f"{name} with --from", "--from alone: the records know the rest", "leave it out")
+
+
+def tell(asked: Asked, done: str) -> str:
+    """Return what is saved, ``done`` of the units of work, and how to go on."""
+    if asked.run.out is None:
+        return "nothing is kept: with --out FOLDER finished work stays"
+    return f"{done} units of work are in {asked.run.out}; the same command with --resume goes on"
