@@ -1,4 +1,4 @@
-"""What was measured: rates with intervals, evaluations per radius and sample, layers. Frozen, plain data on request."""
+"""What was measured: rates with intervals, evaluations per radius and sample. Frozen, plain data on request."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar
 
+from analysis.layer_records import Neurons, Sensitivity
 from analysis.plain import Record
 from certify.errors import InvalidInput
 
@@ -127,50 +128,6 @@ class Evaluation(Record):
 
 
 @dataclass(frozen=True)
-class LayerRow(Record):
-    """One node of the network; means are over samples and neurons, None stands for "has no such number".
-
-    ``lipschitz_upper`` is certified for the whole space, ``lipschitz_lower`` the largest ratio met on sampled pairs
-    (l2 both). ``width_ibp`` and ``width_crown`` are mean widths of the output's bounds; ``growth`` is the CROWN
-    width over that of the inputs. ``unstable`` is the share of neurons with a kink inside their bounds (piecewise
-    linear), ``gap`` the mean distance of the two lines around a smooth function. ``share`` of the looseness of the
-    margins adds up to 1 over the layers; ``gain`` is what the margins' lower bounds would rise by, at most and on
-    average, with this layer alone exact. ``distance_mean`` and ``distance_p95`` are l2 distances between the clean
-    and the attacked activations.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    parameters: int
-    lipschitz_upper: float | None
-    lipschitz_lower: float | None
-    width_ibp: float
-    width_crown: float
-    growth: float | None
-    unstable: float | None
-    gap: float | None
-    share: float
-    gain: float
-    distance_mean: float
-    distance_p95: float
-    moves_only: bool = False
-
-
-@dataclass(frozen=True)
-class Sensitivity(Record):
-    """A row per layer at one radius, measured on ``count`` correctly classified samples; ``sentences`` say the rest."""
-
-    radius: Fraction
-    norm: str
-    method: str
-    arithmetic: str
-    count: int
-    rows: tuple[LayerRow, ...]
-    sentences: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class PairedRow(Record):
     """Two networks on the same samples: how many only one of them gets right, and how likely that is by chance.
 
@@ -205,7 +162,10 @@ class OutputBounds(Record):
 
 @dataclass(frozen=True)
 class NetworkReport(Record):
-    """All that was measured of one network; ``layers`` is None where no sample was right, or none was asked for."""
+    """All that was measured of one network; ``layers`` is None where no sample was right, or none was asked for.
+
+    ``neurons`` looks into the layer that was asked for by name.
+    """
 
     name: str
     source: str
@@ -214,6 +174,7 @@ class NetworkReport(Record):
     normalisation: str
     evaluation: Evaluation
     layers: Sensitivity | None = None
+    neurons: Neurons | None = None
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from analysis.evaluation import Protocol, evaluate
+from analysis.layer_records import Neurons, Sensitivity
 from analysis.layers import layer_sensitivity
-from analysis.records import NetworkReport, Sensitivity
-from cli import render, theme, words
+from analysis.neurons import layer_names, neuron_costs
+from analysis.records import NetworkReport
+from certify.errors import InvalidInput
+from certify.propagate.attribute import unknown_layer
+from cli import grids, render, theme, words
 from cli.options import AttackOptions, BallOptions, BoundOptions, LayerOptions
 from cli.output import progress
 from cli.parsing import attack_of, exponent, items, radii, single
@@ -22,11 +26,15 @@ from cli.subjects import Samples, Subject, inputs
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """At which radius and on how many samples the layers are measured; where a sample is saved after an alarm."""
+    """At which radius and on how many samples the layers are measured; where a sample is saved after an alarm.
+
+    ``inside`` names a layer whose neurons are looked at.
+    """
 
     radius: Fraction | None
     samples: int
     dump: Path = Path("alarms")
+    inside: str | None = None
 
 
 def protocol_of(
@@ -48,7 +56,20 @@ def plan_of(options: LayerOptions, protocol: Protocol) -> LayerPlan:
     """Return how the layers are measured."""
     given = protocol.radii[:1] if options.layer_radius is None else radii(options.layer_radius)
     radius = single(given, "layer-radius")
-    return LayerPlan(radius, options.layer_samples) if options.layers else LayerPlan(None, 0)
+    if not options.layers:
+        asked = next((name for name in ("layer", "pixels") if getattr(options, name) is not None), None)
+        if asked is not None:
+            raise InvalidInput(f"--{asked} with --no-layers", "one of the two", "leave out --no-layers")
+        return LayerPlan(None, 0)
+    return LayerPlan(radius, options.layer_samples, inside=options.layer)
+
+
+def check_layer(networks: Sequence[Subject], given: Samples, layer: str | None) -> None:
+    """Raise ``InvalidInput`` unless every network has the layer: before the work, not after it."""
+    for network in networks if layer is not None else ():
+        names = layer_names(network.model, inputs(network, given))
+        if layer not in names:
+            raise unknown_layer(str(layer), names)
 
 
 def assess(network: Subject, given: Samples, protocol: Protocol, plan: LayerPlan) -> NetworkReport:
@@ -57,10 +78,14 @@ def assess(network: Subject, given: Samples, protocol: Protocol, plan: LayerPlan
     with progress(network.name, protocol.work(len(x))) as tick:
         found = evaluate(network.model, x, y, protocol, index=given.index, dump=plan.dump, tick=tick)
     layers: Sensitivity | None = None
+    neurons: Neurons | None = None
     right = [place for place, sample in enumerate(found.samples) if sample.correct][: plan.samples]
     if plan.radius is not None and right:
         with progress(f"{network.name}: layers", len(right)):
-            layers = layer_sensitivity(network.model, x[right], y[right], protocol, radius=plan.radius)
+            part = network.model, x[right], y[right], protocol
+            layers = layer_sensitivity(*part, radius=plan.radius)
+            if plan.inside is not None:
+                neurons = neuron_costs(*part, radius=plan.radius, layer=plan.inside)
     return NetworkReport(
         name=network.name,
         source=network.source,
@@ -69,6 +94,7 @@ def assess(network: Subject, given: Samples, protocol: Protocol, plan: LayerPlan
         normalisation=network.normalisation,
         evaluation=found,
         layers=layers,
+        neurons=neurons,
     )
 
 
@@ -80,10 +106,12 @@ def show(console: Console, report: NetworkReport) -> None:
     if report.layers is not None:
         at = f"radius {theme.radius(report.layers.radius)}, on {report.layers.count} images that it gets right"
         console.print(f"The layers of {escape(report.name)} at {at}")
-        for made in render.layers(report.layers):
-            console.print(made)
+        for grid in grids.layer_grids(report.layers):
+            console.print(render.drawn(grid))
         for sentence in report.layers.sentences:
             console.print(escape(sentence))
+        if report.neurons is not None:
+            console.print(render.drawn(grids.neurons(report.neurons)))
     elif report.evaluation.clean.count == 0:
         console.print("No layer was measured: the network is right on none of these images.")
     console.print(render.timings(report.evaluation), style="dim")
@@ -97,6 +125,22 @@ def show_together(console: Console, reports: Sequence[NetworkReport]) -> None:
         for sentence in words.contrast(reports[0], other):
             console.print(escape(sentence))
     console.print()
+
+
+def draw_pixels(console: Console, reports: Sequence[NetworkReport], target: Path | None) -> None:
+    """Save each network's map of the pixels that its bounds depend on."""
+    from analysis import figures
+
+    for report in reports if target is not None else ():
+        if report.layers is not None and report.layers.pixels is not None:
+            place = Path(str(target)) if len(reports) == 1 else named(Path(str(target)), report.name)
+            picture = figures.pixel_map(report.layers.pixels)
+            console.print(f"pixels of {report.name}: {figures.save(picture, place)}", markup=False, soft_wrap=True)
+
+
+def named(path: Path, name: str) -> Path:
+    """Return the path with a network's name in it; what would make a folder of it becomes a dash."""
+    return path.with_stem(f"{path.stem}-{name.strip('/').replace('/', '-')}")
 
 
 def legend(console: Console, lines: Sequence[str]) -> None:

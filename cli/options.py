@@ -90,3 +90,9 @@ class LayerOptions:
     layers: Annotated[bool, typer.Option(help="Measure each layer too.")] = True
     layer_radius: Annotated[str | None, typer.Option(metavar="R", help="At this radius [the smallest one].")] = None
     layer_samples: Annotated[int, typer.Option(min=1, metavar="N", help="On at most so many samples.")] = 50
+    layer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Look into this layer: its most costly neurons or channels.")
+    ] = None
+    pixels: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw which pixels the bounds depend on: .svg, .png or .pdf.")
+    ] = None

@@ -36,7 +36,7 @@ def report(
     """
     from cli import output as out
     from cli import words
-    from cli.assessing import assess, legend, plan_of, protocol_of, show, show_together
+    from cli.assessing import assess, check_layer, draw_pixels, legend, plan_of, protocol_of, show, show_together
     from cli.subjects import samples, subjects
 
     console = out.console(output.json)
@@ -44,6 +44,8 @@ def report(
     plan = plan_of(layers, protocol)
     asked = subjects(networks)
     given = samples(data, asked)
+    check_layer(asked, given, layers.layer)
+    out.check_picture(layers.pixels)
     console.print(f"{given.text}\n")
     found = []
     for network in asked:
@@ -51,6 +53,7 @@ def report(
         show(console, found[-1])
     if len(found) > 1:
         show_together(console, found)
+    draw_pixels(console, found, layers.pixels)
     legend(console, words.LEGEND + (words.LAYER_LEGEND if plan.radius is not None else ()))
     options = out.arguments(networks, data, ball, bounding, attack, layers)
     out.publish(output.json, "report", options, {"samples": given.text, "networks": found})

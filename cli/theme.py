@@ -64,6 +64,11 @@ def bound(value: float | None, side: str) -> str:
     return f"{exact.quantize(Decimal(1).scaleb(exact.adjusted() - 3), rounding=mode):.4g}"
 
 
+def span(ends: tuple[float, float]) -> str:
+    """-0.13 .. 1.48: both ends rounded outward."""
+    return f"{bound(ends[0], 'lower')} .. {bound(ends[1], 'upper')}"
+
+
 def radius(value: Fraction) -> str:
     """0.05 where that is exact and short, else 8/255."""
     rest = value.denominator

@@ -18,9 +18,10 @@ LAYER_LEGEND = (
     "stretch: how much a layer can lengthen a change (l2): at least (met on samples), at most (certified Lipschitz "
     "constant). moved: l2 distance between its clean and attacked outputs, on average and for the 95th percentile.",
     "width: how uncertain a proof is about a layer's outputs; growth: that width over its inputs' (crown). unstable: "
-    "neurons whose bounds contain a kink; gap: distance of the two straight lines around a curve; looseness: the "
-    "layer's part in the certificate's slack; gain: what the certified margins would rise by, at most and on average, "
-    "if bounds were exact at this layer alone.",
+    "neurons whose bounds contain a kink; gap: distance of the two straight lines around a curve; slack: the "
+    "layer's part of what the certificate gives away; gain: what the certified margins would rise by, at most and on "
+    "average, if bounds were exact at this layer alone; gradient: how fast the smallest margin changes with the "
+    "layer's output (l2, mean over images).",
 )
 
 

@@ -72,6 +72,19 @@ def test_report_prints_and_writes_the_same_numbers(folder: Path, capsys: Capture
     assert " ".join(report.layers.sentences[0].split()) in " ".join(text.split())
 
 
+def test_report_looks_into_a_layer_and_draws_pixels(folder: Path, capsys: Capture) -> None:
+    words = "report net --radius 0.02 --samples 20 --layer-samples 8 --layer act1 --pixels map.svg --json out.json"
+    text = said(capsys, words)
+    report = NetworkReport.from_dict(json.loads((folder / "out.json").read_text())["results"]["networks"][0])
+    assert report.neurons is not None
+    assert f"Inside act1 (ReLU): 10 of {report.neurons.total} neurons" in text
+    assert theme.percent(report.neurons.rows[0].share) in text
+    assert (folder / "map.svg").read_bytes().startswith(b"<?xml")
+    for words in ("--layer encoder", "--layer act1 --no-layers", "--pixels map.bmp", "--pixels no/where.svg"):
+        assert run(f"report net --samples 5 {words}") in (2, 5)
+        assert len(capsys.readouterr().err.splitlines()) <= 3
+
+
 def test_several_networks_stand_side_by_side(folder: Path, capsys: Capture) -> None:
     words = "report net net/model.json --radius 0.02 --samples 10 --no-layers --methods crown --arithmetic real"
     text = said(capsys, words)
@@ -348,7 +361,7 @@ def test_tables_fit_the_terminal(folder: Path, capsys: Capture, monkeypatch: pyt
     text = said(capsys, "report net --radius 2/255,8/255 --samples 10 --layer-samples 4")
     assert max(map(len, text.splitlines())) <= columns
     assert "…" not in text
-    for word in ("looseness", "after attack", "95th pct", "linear1"):
+    for word in ("slack", "after attack", "95th pct", "linear1"):
         assert word in text
 
 
