@@ -98,15 +98,13 @@ class Neuron(Record):
 class Neurons(Record):
     """The most costly ``rows`` of ``total`` neurons or channels (``unit``) of one layer; shares are of this layer.
 
-    ``share`` is the layer's own part of the looseness of the margins' bounds, on ``count`` samples.
+    ``share`` is the layer's own part of the looseness of the margins' bounds.
     """
 
     layer: str
     kind: str
     unit: str
     total: int
-    radius: Fraction
-    count: int
     share: float
     rows: tuple[Neuron, ...]
 
@@ -116,8 +114,9 @@ class Sensitivity(Record):
     """A row per layer at one radius, measured on ``count`` correctly classified samples.
 
     ``ranking`` names the layers that cost the bounds something, the worst first; ``sentences`` say of the first of
-    them, one each, what they do and what would help, then what else is worth a word. ``histograms`` are those of
-    pre-activations, ``shapes`` of learned functions (some of each layer's), ``pixels`` of the input.
+    them, one each, what they do and what would help, then what else is worth a word. ``neurons`` looks into every
+    layer; ``histograms`` are those of pre-activations, ``shapes`` of learned functions (some of each layer's),
+    ``pixels`` of the input.
     """
 
     radius: Fraction
@@ -128,6 +127,7 @@ class Sensitivity(Record):
     rows: tuple[LayerRow, ...]
     sentences: tuple[str, ...]
     ranking: tuple[str, ...] = ()
+    neurons: tuple[Neurons, ...] = ()
     histograms: tuple[Histogram, ...] = ()
     shapes: tuple[Shape, ...] = ()
     pixels: Pixels | None = None

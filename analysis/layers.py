@@ -15,6 +15,7 @@ from analysis.diagnosis import learned_shapes
 from analysis.evaluation import Protocol, fit
 from analysis.layer_records import LayerRow, Pixels, Sensitivity
 from analysis.met import Met, meet
+from analysis.neurons import neuron_costs
 from analysis.pixels import pixel_map
 from certify import CROWN, IBP, LpBall, NodeBlame, Spec, bounds, class_margins, explain
 from certify.activations.piecewise import PiecewiseLinear
@@ -23,6 +24,7 @@ from certify.graph import Graph, Node, trace
 from certify.lipschitz import lipschitz_constant
 from certify.ops.base import Elementwise
 from certify.ops.shape import Select
+from certify.propagate.attribute import blame_neurons
 from certify.rounding import resolve_arithmetic
 
 #: Points of a learned function that are kept, and functions of a layer: enough for a picture.
@@ -59,6 +61,7 @@ def layer_sensitivity(
     shapes = learned_shapes(model, points=POINTS, curves=CURVES)
     findings = Findings(rows, {shape.layer: shape for shape in shapes}, radius, protocol.norm)
     pixels = pixel_map(model, ball, known, spec=spec, arithmetic=protocol.arithmetic)
+    neurons = blame_neurons(model, ball, known, spec=spec, arithmetic=protocol.arithmetic)
     return Sensitivity(
         radius=radius,
         norm=protocol.norm,
@@ -68,6 +71,7 @@ def layer_sensitivity(
         rows=rows,
         sentences=(*sentences(findings), *remark),
         ranking=tuple(row.name for row in findings.ranked),
+        neurons=neuron_costs(graph, neurons),
         histograms=met.histograms,
         shapes=shapes,
         pixels=Pixels(tuple(pixels.shape), tuple(pixels.flatten().tolist())),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar
 
-from analysis.layer_records import Neurons, Sensitivity
+from analysis.layer_records import Sensitivity
 from analysis.plain import Record
 from certify.errors import InvalidInput
 
@@ -162,10 +162,7 @@ class OutputBounds(Record):
 
 @dataclass(frozen=True)
 class NetworkReport(Record):
-    """All that was measured of one network; ``layers`` is None where no sample was right, or none was asked for.
-
-    ``neurons`` looks into the layer that was asked for by name.
-    """
+    """All that was measured of one network; ``layers`` is None where no sample was right, or none was asked for."""
 
     name: str
     source: str
@@ -174,7 +171,6 @@ class NetworkReport(Record):
     normalisation: str
     evaluation: Evaluation
     layers: Sensitivity | None = None
-    neurons: Neurons | None = None
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from analysis.evaluation import Protocol, evaluate
-from analysis.layer_records import Neurons, Sensitivity
+from analysis.layer_records import Sensitivity
 from analysis.layers import layer_sensitivity
-from analysis.neurons import layer_names, neuron_costs
 from analysis.records import NetworkReport
 from certify.errors import InvalidInput
-from certify.propagate.attribute import unknown_layer
+from certify.graph import trace
 from cli import grids, render, theme, words
 from cli.options import AttackOptions, BallOptions, BoundOptions, LayerOptions
 from cli.output import progress
@@ -26,15 +25,11 @@ from cli.subjects import Samples, Subject, inputs
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """At which radius and on how many samples the layers are measured; where a sample is saved after an alarm.
-
-    ``inside`` names a layer whose neurons are looked at.
-    """
+    """At which radius and on how many samples the layers are measured; where a sample is saved after an alarm."""
 
     radius: Fraction | None
     samples: int
     dump: Path = Path("alarms")
-    inside: str | None = None
 
 
 def protocol_of(
@@ -61,15 +56,17 @@ def plan_of(options: LayerOptions, protocol: Protocol) -> LayerPlan:
         if asked is not None:
             raise InvalidInput(f"--{asked} with --no-layers", "one of the two", "leave out --no-layers")
         return LayerPlan(None, 0)
-    return LayerPlan(radius, options.layer_samples, inside=options.layer)
+    return LayerPlan(radius, options.layer_samples)
 
 
 def check_layer(networks: Sequence[Subject], given: Samples, layer: str | None) -> None:
     """Raise ``InvalidInput`` unless every network has the layer: before the work, not after it."""
     for network in networks if layer is not None else ():
-        names = layer_names(network.model, inputs(network, given))
+        names = trace(network.model, inputs(network, given)[:1]).nodes
         if layer not in names:
-            raise unknown_layer(str(layer), names)
+            raise InvalidInput(
+                f"no layer {layer!r} in {network.name}", f"one of {', '.join(names)}", "pick a layer from that list"
+            )
 
 
 def assess(network: Subject, given: Samples, protocol: Protocol, plan: LayerPlan) -> NetworkReport:
@@ -78,14 +75,10 @@ def assess(network: Subject, given: Samples, protocol: Protocol, plan: LayerPlan
     with progress(network.name, protocol.work(len(x))) as tick:
         found = evaluate(network.model, x, y, protocol, index=given.index, dump=plan.dump, tick=tick)
     layers: Sensitivity | None = None
-    neurons: Neurons | None = None
     right = [place for place, sample in enumerate(found.samples) if sample.correct][: plan.samples]
     if plan.radius is not None and right:
         with progress(f"{network.name}: layers", len(right)):
-            part = network.model, x[right], y[right], protocol
-            layers = layer_sensitivity(*part, radius=plan.radius)
-            if plan.inside is not None:
-                neurons = neuron_costs(*part, radius=plan.radius, layer=plan.inside)
+            layers = layer_sensitivity(network.model, x[right], y[right], protocol, radius=plan.radius)
     return NetworkReport(
         name=network.name,
         source=network.source,
@@ -94,12 +87,11 @@ def assess(network: Subject, given: Samples, protocol: Protocol, plan: LayerPlan
         normalisation=network.normalisation,
         evaluation=found,
         layers=layers,
-        neurons=neurons,
     )
 
 
-def show(console: Console, report: NetworkReport) -> None:
-    """Print one network's report."""
+def show(console: Console, report: NetworkReport, layer: str | None = None) -> None:
+    """Print one network's report, and the neurons of the ``layer`` that is named."""
     for line in render.heading(report):
         console.print(line)
     console.print(render.accuracies(report.evaluation))
@@ -110,8 +102,8 @@ def show(console: Console, report: NetworkReport) -> None:
             console.print(render.drawn(grid))
         for sentence in report.layers.sentences:
             console.print(escape(sentence))
-        if report.neurons is not None:
-            console.print(render.drawn(grids.neurons(report.neurons)))
+        if layer is not None:
+            console.print(render.drawn(grids.neurons(report.layers, layer)))
     elif report.evaluation.clean.count == 0:
         console.print("No layer was measured: the network is right on none of these images.")
     console.print(render.timings(report.evaluation), style="dim")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from analysis.layer_records import LayerRow, Neuron, Neurons, Sensitivity
+from certify.errors import InvalidInput
 from cli.theme import DIM, NAME, count, number, percent, radius, shape, span
 
 
@@ -74,15 +75,19 @@ def learned_functions(found: Sensitivity) -> Grid:
     return Grid("Learned functions, certified ranges", ("layer", "slope f'", "curvature f''"), rows)
 
 
-def neurons(found: Neurons) -> Grid:
-    """The most costly neurons of one layer."""
+def neurons(found: Sensitivity, layer: str) -> Grid:
+    """The most costly neurons of one layer; raises ``InvalidInput`` for an unknown one, listing the known ones."""
+    inside = {item.layer: item for item in found.neurons}
+    if layer not in inside:
+        raise InvalidInput(f"no layer {layer!r}", f"one of {', '.join(inside)}", "pick a layer from that list")
+    return _inside(inside[layer], f"means over {found.count} images at radius {radius(found.radius)}")
+
+
+def _inside(found: Neurons, where: str) -> Grid:
     columns = {title: cell for title, cell in NEURONS.items() if any(cell(row) for row in found.rows)}
     rows = tuple((str(row.place), *(cell(row) or "-" for cell in columns.values())) for row in found.rows)
     title = f"Inside {found.layer} ({found.kind}): {len(rows)} of {found.total} {found.unit}s, most costly first"
-    note = (
-        f"means over {found.count} images at radius {radius(found.radius)}; the whole layer has "
-        f"{percent(found.share)} of the slack"
-    )
+    note = f"{where}; the whole layer has {percent(found.share)} of the slack"
     return Grid(title, (found.unit, *columns), rows, note=note)
 
 

@@ -50,7 +50,7 @@ def report(
     found = []
     for network in asked:
         found.append(assess(network, given, protocol, plan))
-        show(console, found[-1])
+        show(console, found[-1], layers.layer)
     if len(found) > 1:
         show_together(console, found)
     draw_pixels(console, found, layers.pixels)

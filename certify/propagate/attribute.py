@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -99,38 +99,30 @@ class NeuronBlame:
 def blame_neurons(
     model: nn.Module,
     domain: PerturbationSet,
-    name: str,
     method: str | BoundMethod = "crown",
     *,
     spec: Spec | None = None,
     arithmetic: str = "float",
-) -> NeuronBlame:
-    """Return what every neuron of the node ``name`` costs the bounds of the claim's rows; ``explain`` says the rest.
+) -> dict[str, NeuronBlame]:
+    """Return, per node, what its every neuron costs the bounds of the claim's rows; arguments are those of ``explain``.
 
-    Raises ``InvalidInput`` for a name that no node has, listing those that there are.
+    In one pull back of the rows: gains are left to ``explain``.
     """
     with torch.no_grad():
         knowledge, spec = known(model, domain, method, spec, arithmetic)
-        graph, gaps = knowledge.graph, _gaps(knowledge)
-        if name not in graph.nodes:
-            raise unknown_layer(name, graph.nodes)
-        node, total = graph.nodes[name], 0.0
-        slips, weight = (torch.zeros(node.shape, dtype=torch.float64, device=graph.device) for _ in range(2))
+        nodes, gaps = knowledge.graph.nodes, _gaps(knowledge)
+        weights, slips = ({n: _zeros(knowledge, node) for n, node in nodes.items()} for _ in range(2))
         for rows, _ in claim_blocks(knowledge, spec):
-            for step in pull_through(rows):
-                if step.name in gaps and step.name != knowledge.entry:
-                    gap = rows.of_sample(step.name, gaps[step.name])
-                    total += float(inner(rows.pending[step.name].abs(), gap).sum())
-                    if step.name == name:
-                        slips += (rows.pending[name].abs() * gap).double().sum((0, 1))
-                if step.name == name:
-                    weight += rows.pending[name].abs().double().sum((0, 1))
-        return _neurons(knowledge, node, gaps.get(name), slips / total if total > 0 else slips, weight / spec.batch)
-
-
-def unknown_layer(name: str, known: Iterable[str]) -> InvalidInput:
-    """Return the error for a name that no node has; nodes are listed in the order of computation."""
-    return InvalidInput(f"no layer {name!r}", f"one of {', '.join(known)}", "pick a layer from that list")
+            for name in (node.name for node in pull_through(rows)):
+                A = rows.pending[name].abs()
+                weights[name] += A.double().sum((0, 1))
+                if name in gaps and name != knowledge.entry:
+                    slips[name] += (A * rows.of_sample(name, gaps[name])).double().sum((0, 1))
+        total = max(sum(float(slip.sum()) for slip in slips.values()), torch.finfo(torch.float64).tiny)
+        return {
+            name: _neurons(knowledge, node, gaps.get(name), slips[name] / total, weights[name] / spec.batch)
+            for name, node in nodes.items()
+        }
 
 
 def known(
@@ -227,6 +219,10 @@ def _neurons(knowledge: Knowledge, node: Node, gap: Tensor | None, share: Tensor
         share=share,
         weight=weight,
     )
+
+
+def _zeros(knowledge: Knowledge, node: Node) -> Float64[Tensor, "*shape"]:
+    return torch.zeros(node.shape, dtype=torch.float64, device=knowledge.graph.device)
 
 
 def _averaged(z: Interval) -> Interval:

@@ -76,13 +76,16 @@ def test_report_looks_into_a_layer_and_draws_pixels(folder: Path, capsys: Captur
     words = "report net --radius 0.02 --samples 20 --layer-samples 8 --layer act1 --pixels map.svg --json out.json"
     text = said(capsys, words)
     report = NetworkReport.from_dict(json.loads((folder / "out.json").read_text())["results"]["networks"][0])
-    assert report.neurons is not None
-    assert f"Inside act1 (ReLU): 10 of {report.neurons.total} neurons" in text
-    assert theme.percent(report.neurons.rows[0].share) in text
+    assert report.layers is not None
+    (inside,) = (layer for layer in report.layers.neurons if layer.layer == "act1")
+    assert f"Inside act1 (ReLU): 10 of {inside.total} neurons" in text
+    assert theme.percent(inside.rows[0].share) in text
     assert (folder / "map.svg").read_bytes().startswith(b"<?xml")
     for words in ("--layer encoder", "--layer act1 --no-layers", "--pixels map.bmp", "--pixels no/where.svg"):
         assert run(f"report net --samples 5 {words}") in (2, 5)
         assert len(capsys.readouterr().err.splitlines()) <= 3
+    assert run("report net --samples 5 --layer encoder") == 2
+    assert "one of flatten, linear1, act1, linear2" in capsys.readouterr().err
 
 
 def test_several_networks_stand_side_by_side(folder: Path, capsys: Capture) -> None:
