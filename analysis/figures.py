@@ -49,17 +49,22 @@ def save(made: Figure, path: str | Path) -> Path:
 
     Raises ``InvalidInput`` for other endings than .svg, .png and .pdf, ``InvalidFile`` where it cannot be written.
     """
+    place = Path(path)
+    check_kind(place)
+    write({place: encoded(made, place.suffix.removeprefix(".").lower())})
+    return place
+
+
+def encoded(made: Figure, kind: str, **options: Any) -> bytes:
+    """Return the figure as a file of that kind, the same bytes every time; ``options`` are savefig's."""
     import matplotlib as mpl
 
-    place = Path(path)
-    kind = place.suffix.removeprefix(".").lower()
-    check_kind(place)
     stream = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "kafcert"}):
+    words = "none" if options.get("transparent") else "path"  # see-through figures are parts of pages, with their fonts
+    with mpl.rc_context({"svg.hashsalt": "kafcert", "svg.fonttype": words}):
         undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
-        made.savefig(stream, format=kind, dpi=150, metadata=undated)
-    write({place: stream.getvalue()})
-    return place
+        made.savefig(stream, format=kind, dpi=150, metadata=undated, **options)
+    return stream.getvalue()
 
 
 def check_kind(path: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -25,6 +26,10 @@ class Rate(Record):
     def __post_init__(self) -> None:
         if not 0 <= self.count <= self.total or self.total == 0:
             raise InvalidInput(f"{self.count} of {self.total}", "0 <= count <= total", "at least one sample")
+
+    def __str__(self) -> str:
+        """96.4 (94-98): percent with its 95 % interval, rounded outward."""
+        return f"{100 * self.value:.1f} ({math.floor(100 * self.low)}-{math.ceil(100 * self.high)})"
 
     @property
     def value(self) -> float:

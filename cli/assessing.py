@@ -113,8 +113,8 @@ def show(console: Console, report: NetworkReport, layer: str | None = None) -> N
 def show_together(console: Console, reports: Sequence[NetworkReport]) -> None:
     """Print several networks side by side."""
     console.print(render.side_by_side(reports))
-    for other in reports[1:]:
-        for sentence in words.contrast(reports[0], other):
+    for lines in words.contrasts(reports):
+        for sentence in lines:
             console.print(escape(sentence))
     console.print()
 

@@ -84,6 +84,16 @@ class OutputOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FileOptions:
+    """Files to write a report to, for people and other programs."""
+
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="One page with tables and figures.")] = None
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Tables and sentences as Markdown.")] = None
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="A row per network and radius.")] = None
+    latex: Annotated[Path | None, typer.Option(metavar="FILE", help="A table for a paper (booktabs).")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerOptions:
     """Whether and where to look at the layers."""
 

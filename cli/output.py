@@ -85,7 +85,7 @@ def publish(target: str | None, command: str, arguments: dict[str, Any], results
         "command": command,
         "arguments": encode(arguments),
         "seed": arguments.get("seed", 0),
-        "versions": _versions(),
+        "versions": versions(),
         "machine": {"system": platform.platform(), "cores": os.cpu_count()},
         "results": encode(results),
     }
@@ -105,7 +105,8 @@ def arguments(*bundles: Any, **others: Any) -> dict[str, Any]:
     return found
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of what computes."""
     found = {"python": platform.python_version()}
     for name in ("kafcert", "torch", "numpy"):
         try:

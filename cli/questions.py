@@ -13,6 +13,7 @@ from cli.options import (
     BallOptions,
     BoundOptions,
     DataOptions,
+    FileOptions,
     LayerOptions,
     NetworkOptions,
     OutputOptions,
@@ -28,18 +29,22 @@ def report(
     bounding: BoundOptions,
     attack: AttackOptions,
     layers: LayerOptions,
+    files: FileOptions,
     output: OutputOptions,
 ) -> None:
     """Accuracy for certain and under attack, and layer by layer.
 
     Several networks are measured on the same samples and put side by side.
     """
+    from analysis.records import Report
     from cli import output as out
     from cli import words
     from cli.assessing import assess, check_layer, draw_pixels, legend, plan_of, protocol_of, show, show_together
+    from cli.exports import check_files, write_files
     from cli.subjects import samples, subjects
 
     console = out.console(output.json)
+    check_files(files)
     protocol = protocol_of(ball, data.seed, attack, bounding)
     plan = plan_of(layers, protocol)
     asked = subjects(networks)
@@ -56,6 +61,9 @@ def report(
     draw_pixels(console, found, layers.pixels)
     legend(console, words.LEGEND + (words.LAYER_LEGEND if plan.radius is not None else ()))
     options = out.arguments(networks, data, ball, bounding, attack, layers)
+    made = Report("report", options, given.text, data.seed, out.versions(), tuple(found))
+    for path in write_files(made, files):
+        console.print(f"written: {path}", markup=False, soft_wrap=True)
     out.publish(output.json, "report", options, {"samples": given.text, "networks": found})
 
 

@@ -41,7 +41,7 @@ def percent(share: float) -> str:
 
 def rate(value: Rate) -> str:
     """96.4 (94-98): percent with its 95 % interval, rounded outward."""
-    return f"{100 * value.value:.1f} ({math.floor(100 * value.low)}-{math.ceil(100 * value.high)})"
+    return str(value)
 
 
 def number(value: float | None) -> str:
