@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
+from html import escape
 from typing import Any, ClassVar
 
 from analysis.layer_records import Sensitivity
 from analysis.plain import Record
 from certify.errors import InvalidInput
+from certify.notebook import table
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,14 @@ class Evaluation(Record):
         """The number of samples."""
         return self.clean.total
 
+    def _repr_html_(self) -> str:
+        head = "radius", "clean", "after attack", *(f"certified ({method})" for method in self.methods)
+        rows = [
+            (row.radius, self.clean, row.attacked, *(row.certified[method] for method in self.methods))
+            for row in self.rows
+        ]
+        return table(f"Accuracy in percent (95 % interval) on {self.count} samples, {self.norm}", head, rows)
+
 
 @dataclass(frozen=True)
 class PairedRow(Record):
@@ -202,3 +212,7 @@ class Report(Record):
     networks: tuple[NetworkReport, ...]
     warnings: tuple[str, ...] = ()
     course: Course | None = None
+
+    def _repr_html_(self) -> str:
+        parts = (f"<h4>{escape(network.name)}</h4>{network.evaluation._repr_html_()}" for network in self.networks)
+        return f"<p>{escape(self.samples)}</p>{''.join(parts)}"

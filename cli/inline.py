@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 INK = ("#000000", "#b0b0b0", "#808080", "#cccccc")
 HUES = {colour.lower(): f"var(--c{place})" for place, colour in enumerate(COLOURS) if colour != "#000000"}
 #: Digits of coordinates, which are 1/72 of an inch.
-DIGITS = 2
+DIGITS = 1
 
 
 def inline(made: Figure, name: str, words: str) -> str:

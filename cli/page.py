@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from itertools import chain
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from analysis.advice import TOP
 from analysis.records import NetworkReport, Report
@@ -67,13 +68,19 @@ def _section(network: NetworkReport, place: int, report: Report) -> Section:
         remarks=found.sentences[top:],
         layers=grids.layer_grids(found),
         inside=tuple(grids.neurons(found, layer) for layer in wanted),
-        pictures=tuple(of_layers(found, anchor)),
+        pictures=tuple(of_layers(found, anchor, len(report.networks))),
     )
+
+
+def _options(sentence: str) -> Markup:
+    """The escaped sentence, with options of the command line as code that is not broken into lines."""
+    parts = re.split(r"(--[a-z][a-z-]*(?: [^\s,;:)]+)?)", sentence)  # every other one is an option
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
 
 
 @cache
 def _template() -> jinja2.Template:
-    """The page's frame; everything put into it is escaped but pictures, which are ours and escape for themselves."""
+    """The page's frame; everything put into it is escaped, but for what filters return."""
     made = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    made.filters["svg"] = Markup
+    made.filters |= {"svg": Markup, "options": _options}
     return made.from_string(files("cli").joinpath("page.html").read_text(encoding="utf-8"))

@@ -11,8 +11,8 @@ from analysis.records import Evaluation, NetworkReport
 from cli.inline import inline
 from cli.theme import number, percent, radius, span
 
-#: Layers whose values and functions are drawn: the most costly ones.
-DRAWN = 4
+#: Layers of all networks together whose values and functions are drawn, and of one at most: the most costly ones.
+ALL_DRAWN, DRAWN = 12, 4
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,13 @@ def _rates_in_words(name: str, found: Evaluation) -> str:
     return f"Accuracy of {name} against radius: {'; '.join(parts)}."
 
 
-def of_layers(found: Sensitivity, name: str) -> Iterator[Picture]:
-    """Yield the values and learned functions of the most costly layers, and the map of the pixels."""
-    costly = found.ranking[:DRAWN] or tuple(item.layer for item in found.histograms[:DRAWN])
+def of_layers(found: Sensitivity, name: str, networks: int = 1) -> Iterator[Picture]:
+    """Yield the values and learned functions of the most costly layers, and the map of the pixels.
+
+    The more ``networks`` there are on the page, the fewer layers of each: it stays small.
+    """
+    most = max(1, min(DRAWN, ALL_DRAWN // networks))
+    costly = found.ranking[:most] or tuple(item.layer for item in found.histograms[:most])
     for place, item in enumerate(item for item in found.histograms if item.layer in costly):
         ends = span((item.edges[0], item.edges[-1]))
         words = f"Histogram of what goes into {item.layer}, clean and attacked; values lie in {ends}."
