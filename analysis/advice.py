@@ -60,11 +60,13 @@ def _costs(ranked: Sequence[LayerRow], found: Findings) -> list[str]:
         remedy = _remedy(row, found)
         help_ = "the same helps" if remedy in known else remedy
         known.add(remedy)
-        said.append(f"{row.name} ({row.kind}) {place}: {gain} {row.gain:.2g} on average. {_reason(row)}: {help_}.")
+        said.append(
+            f"{row.name} ({row.kind}) {place}: {gain} {row.gain:.2g} on average. {_reason(row, found)}: {help_}."
+        )
     return said
 
 
-def _reason(row: LayerRow) -> str:
+def _reason(row: LayerRow, found: Findings) -> str:
     """Why a relaxed layer loosens the bounds."""
     size = math.prod(row.shape)
     if _pools(row):
@@ -74,10 +76,11 @@ def _reason(row: LayerRow) -> str:
             f"On average {100 * row.unstable:.0f} % of its {size} neurons are unstable, with a kink inside their "
             "bounds and one straight line for both sides of it"
         )
-    width = row.width_crown / row.growth if row.growth else 0.0
+    width, shape = row.width_crown / row.growth if row.growth else 0.0, found.shapes.get(row.name)
+    steep = f"; certified slopes reach {_steepest(shape):.2g}, and samples met {row.lipschitz_lower:.2g}"
     return (
         f"Each of its {size} functions lies between two straight lines, {row.gap:.2g} apart on average for inputs "
-        f"known up to {width:.2g}"
+        f"known up to {width:.2g}{steep if _is_steep(row, shape) else ''}"
     )
 
 
@@ -91,16 +94,21 @@ def _remedy(row: LayerRow, found: Findings) -> str:
     narrower = f"smaller weights ({SMALLER}) narrow its inputs"
     if shape is None:
         return f"{narrower}, training on bounds (--method crown-ibp {found.threat}) too"
-    steepest, bend = max(map(abs, shape.slope)), max(map(abs, shape.curvature or (0.0,)))
-    met = row.lipschitz_lower
-    if met is not None and steepest > LOOSE * met:
-        return (
-            f"{narrower}, and a slope penalty (--set penalties.slope=0.1) lowers their certified slopes, up to "
-            f"{steepest:.2g} where samples met {met:.2g}"
-        )
-    if bend > 0:
-        return f"{narrower}, and a curvature penalty (--set penalties.curvature=0.1) lowers |f''|, up to {bend:.2g}"
+    if _is_steep(row, shape):
+        return f"{narrower}, and a slope penalty (--set penalties.slope=0.1) lowers certified slopes"
+    if shape.curvature is not None:
+        return f"{narrower}, and a curvature penalty (--set penalties.curvature=0.1) straightens its functions"
     return narrower
+
+
+def _steepest(shape: Shape | None) -> float:
+    """The largest certified slope of learned functions."""
+    return 0.0 if shape is None else max(map(abs, shape.slope))
+
+
+def _is_steep(row: LayerRow, shape: Shape | None) -> bool:
+    """Whether certified slopes are far above those that samples met."""
+    return row.lipschitz_lower is not None and _steepest(shape) > LOOSE * row.lipschitz_lower
 
 
 def _pools(row: LayerRow) -> bool:

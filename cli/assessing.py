@@ -103,7 +103,9 @@ def show(console: Console, report: NetworkReport, layer: str | None = None) -> N
         for sentence in report.layers.sentences:
             console.print(escape(sentence))
         if layer is not None:
-            console.print(render.drawn(grids.neurons(report.layers, layer)))
+            inside = grids.neurons(report.layers, layer)
+            console.print(render.drawn(inside))
+            console.print(inside.note, style="dim")
     elif report.evaluation.clean.count == 0:
         console.print("No layer was measured: the network is right on none of these images.")
     console.print(render.timings(report.evaluation), style="dim")

@@ -87,7 +87,8 @@ def _inside(found: Neurons, where: str) -> Grid:
     columns = {title: cell for title, cell in NEURONS.items() if any(cell(row) for row in found.rows)}
     rows = tuple((str(row.place), *(cell(row) or "-" for cell in columns.values())) for row in found.rows)
     title = f"Inside {found.layer} ({found.kind}): {len(rows)} of {found.total} {found.unit}s, most costly first"
-    note = f"{where}; the whole layer has {percent(found.share)} of the slack"
+    exact = "an exact layer: widest bounds times weight first"
+    note = f"{where}; {f'the layer has {percent(found.share)} of the slack' if found.share > 0 else exact}"
     return Grid(title, (found.unit, *columns), rows, note=note)
 
 

@@ -50,8 +50,14 @@ def test_the_first_three_layers_by_gain_have_a_sentence_each_and_a_remedy_is_sai
 def test_a_steep_kaf_is_told_from_a_bent_one() -> None:
     steep = Shape("act1", (0.0,), ((0.0,),), (-4.0, 1.0), (-2.0, 2.0))
     assert "penalties.slope" in said(KAF, shape=steep)[0]
-    assert "up to 4 where samples met 1" in said(KAF, shape=steep)[0]
+    assert "certified slopes reach 4, and samples met 1" in said(KAF, shape=steep)[0]
     assert "penalties.curvature" in said(KAF, shape=replace(steep, slope=(0.0, 1.5)))[0]
+
+
+def test_pooling_is_no_kink() -> None:
+    (text, *_) = said(replace(ROW, kind="MaxPool2d"))
+    assert "windows" in text
+    assert "unstable" not in text
 
 
 def test_growth_is_explained_by_slack_in_the_norm_or_by_the_first_layer() -> None:
