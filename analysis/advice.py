@@ -58,11 +58,9 @@ def _costs(ranked: Sequence[LayerRow], found: Findings) -> list[str]:
     for row, place in zip(ranked, PLACES, strict=False):
         gain = "exact bounds for it alone would raise the margins' bounds by up to" if not said else "up to"
         remedy = _remedy(row, found)
-        help_ = "the same helps" if remedy in known else remedy
+        because = f"{_reason(row, found)}: {'the same helps' if remedy in known else remedy}"
         known.add(remedy)
-        said.append(
-            f"{row.name} ({row.kind}) {place}: {gain} {row.gain:.2g} on average. {_reason(row, found)}: {help_}."
-        )
+        said.append(f"{row.name} ({row.kind}) {place}: {gain} {row.gain:.2g} on average. {because}.")
     return said
 
 
@@ -77,11 +75,13 @@ def _reason(row: LayerRow, found: Findings) -> str:
             "bounds and one straight line for both sides of it"
         )
     width, shape = row.width_crown / row.growth if row.growth else 0.0, found.shapes.get(row.name)
-    steep = f"; certified slopes reach {_steepest(shape):.2g}, and samples met {row.lipschitz_lower:.2g}"
-    return (
+    apart = (
         f"Each of its {size} functions lies between two straight lines, {row.gap:.2g} apart on average for inputs "
-        f"known up to {width:.2g}{steep if _is_steep(row, shape) else ''}"
+        f"known up to {width:.2g}"
     )
+    if not _is_steep(row, shape):
+        return apart
+    return f"{apart}; certified slopes reach {_steepest(shape):.2g}, and samples met {row.lipschitz_lower:.2g}"
 
 
 def _remedy(row: LayerRow, found: Findings) -> str:

@@ -54,6 +54,13 @@ def test_a_steep_kaf_is_told_from_a_bent_one() -> None:
     assert "penalties.curvature" in said(KAF, shape=replace(steep, slope=(0.0, 1.5)))[0]
 
 
+@pytest.mark.parametrize("row", [ROW, KAF, LINEAR, replace(ROW, kind="MaxPool2d")])
+def test_numbers_that_are_missing_are_left_out(row: LayerRow) -> None:
+    shape = Shape("act1", (0.0,), ((0.0,),), (-4.0, 1.0), None)
+    bare = replace(row, lipschitz_lower=None, lipschitz_upper=None)
+    assert "None" not in " ".join(said(bare, replace(bare, growth=None), shape=shape))
+
+
 def test_pooling_is_no_kink() -> None:
     (text, *_) = said(replace(ROW, kind="MaxPool2d"))
     assert "windows" in text
