@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from strategies import FAMILIES, inputs
 from torch import Tensor, nn
 
 from analysis.evaluation import Protocol
@@ -31,10 +32,13 @@ def small(kind: str) -> tuple[nn.Module, Tensor]:
         return nn.Sequential(*layers).eval(), torch.rand(4, 1, 8, 8)
     if kind == "cnn":
         return cnn((1, 8, 8), 3, "relu", width=2).eval(), torch.rand(4, 1, 8, 8)
+    if kind in FAMILIES:
+        build, shape = FAMILIES[kind]
+        return build(seed=0), inputs(shape, 4)
     return mlp([6, 8, 8, 3], kind).eval(), torch.rand(5, 6)
 
 
-@pytest.mark.parametrize("kind", ["relu", "kaf-tanh", "cnn", "pool"])
+@pytest.mark.parametrize("kind", ["relu", "kaf-tanh", "cnn", "pool", "images gelu", "graph 8", "affine", "sequence"])
 def test_shares_of_neurons_add_up_to_that_of_their_layer(kind: str) -> None:
     model, x = small(kind)
     ball = LpBall(x, RADIUS)

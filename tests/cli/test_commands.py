@@ -88,6 +88,22 @@ def test_report_looks_into_a_layer_and_draws_pixels(folder: Path, capsys: Captur
     assert "one of flatten, linear1, act1, linear2" in capsys.readouterr().err
 
 
+def test_report_writes_files_of_the_same_numbers(folder: Path, capsys: Capture) -> None:
+    files = "--html a.html --markdown a.md --csv a.csv --latex a.tex"
+    text = said(capsys, f"report net --radius 0.02 --samples 20 --layer-samples 4 --json out.json {files}")
+    report = NetworkReport.from_dict(json.loads((folder / "out.json").read_text())["results"]["networks"][0])
+    for name in ("a.html", "a.md", "a.csv", "a.tex"):
+        assert f"written: {name}" in text
+        written = (folder / name).read_text()
+        shown = theme.rate(report.evaluation.rows[0].attacked)
+        assert (shown if name in ("a.html", "a.md") else "net") in written
+    before = (folder / "a.html").read_bytes()
+    said(capsys, "report net --radius 0.02 --samples 20 --layer-samples 4 --html a.html")
+    assert (folder / "a.html").read_bytes() == before  # nothing in it depends on when it was made
+    assert run("report net --html no/such/folder.html") == 5
+    assert "cannot write" in capsys.readouterr().err
+
+
 def test_several_networks_stand_side_by_side(folder: Path, capsys: Capture) -> None:
     words = "report net net/model.json --radius 0.02 --samples 10 --no-layers --methods crown --arithmetic real"
     text = said(capsys, words)

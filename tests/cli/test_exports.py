@@ -15,9 +15,9 @@ import html5lib
 import pytest
 from reports import made_up
 
-from analysis.records import Report
+from analysis.records import Outcome, Report
 from certify.errors import InvalidFile
-from cli import latex, markdown, page, spreadsheet
+from cli import latex, markdown, page, spreadsheet, words
 from cli.exports import TEXTS, check_files, write_files
 from cli.options import FileOptions
 
@@ -163,6 +163,25 @@ def test_tables_say_what_the_records_say(report: Report, html: str) -> None:
         for word in ("a warning that was noted", "a machine of 2 cores", "Winograd", "PGD(steps=40, restarts=5)"):
             assert word in found.replace("\\", "")
     assert "timeout" not in html
+
+
+def test_what_is_late_is_counted_apart(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Outcome, "verdict", property(lambda it: "violated" if it.attacked else "timeout"))
+    standing = report.networks[0].evaluation.rows[0].attacked.count
+    for text in (page.text(report), markdown.text(report)):
+        assert "timeout" in text
+        assert f"{standing} ({100 * standing / 300:.1f} %)" in text
+        assert "ran out of time" in text
+
+
+def test_what_lowers_trust_is_said(report: Report) -> None:
+    few = made_up(("few",), 20)
+    found = replace(few.networks[0].evaluation, arithmetic="real")
+    few = replace(few, networks=(replace(few.networks[0], evaluation=found),))
+    said = " ".join(words.cautions(few))
+    assert "measured on 20 images" in said
+    assert "real arithmetic" in said
+    assert words.cautions(made_up(("many",), 3000)) == ("a warning that was noted",)
 
 
 def test_a_report_without_layers_classes_or_methods_is_rendered() -> None:
