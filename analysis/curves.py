@@ -72,6 +72,7 @@ def margins(found: Evaluation, place: int = 0) -> Figure:
         counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
         axes.stairs(100 * counts / len(outcomes), edges, label=label, color=COLOURS[turn], linewidth=1.5)
     axes.axvline(0, color="#000000", linewidth=0.8, linestyle=":")
+    axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel("margin")
     axes.set_ylabel("% of images")
     made.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)

@@ -149,6 +149,7 @@ def histograms(found: Sequence[Histogram]) -> Figure:
         place.stairs(histogram.attacked, histogram.edges, label="attacked")
         place.set_title(histogram.layer, fontsize=8)
         place.set_yticks([])
+        place.locator_params(axis="x", nbins=5)
         place.tick_params(labelsize=7)
     handles, labels = axes[0].get_legend_handles_labels()
     made.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
