@@ -15,17 +15,22 @@ def compare(first: Evaluation, second: Evaluation) -> tuple[PairedRow, ...]:
     Both must be evaluated on the same samples and radii (``InvalidInput`` otherwise). Certified means by any method.
     Reference: McNemar (1947), with the exact binomial test.
     """
-    places = [[(sample.index, sample.label) for sample in item.samples] for item in (first, second)]
-    radii = [[row.radius for row in item.rows] for item in (first, second)]
-    if places[0] != places[1] or radii[0] != radii[1]:
+    if not alike(first, second):
         raise InvalidInput("two evaluations of different samples or radii", "the same ones", "evaluate them alike")
     pairs = list(zip(first.samples, second.samples, strict=True))
     rows = [_paired("clean", None, ((a.correct, b.correct) for a, b in pairs))]
-    for place, radius in enumerate(radii[0]):
+    for place, radius in enumerate(row.radius for row in first.rows):
         met = [(a.outcomes[place], b.outcomes[place]) for a, b in pairs]
         rows.append(_paired("attacked", radius, ((not a.attacked, not b.attacked) for a, b in met)))
         rows.append(_paired("certified", radius, ((a.verdict == "holds", b.verdict == "holds") for a, b in met)))
     return tuple(rows)
+
+
+def alike(first: Evaluation, second: Evaluation) -> bool:
+    """Return whether both were made on the same samples and radii."""
+    places = [[(sample.index, sample.label) for sample in item.samples] for item in (first, second)]
+    radii = [[row.radius for row in item.rows] for item in (first, second)]
+    return places[0] == places[1] and radii[0] == radii[1]
 
 
 def _paired(quantity: str, radius: Fraction | None, pairs: Iterable[tuple[bool, bool]]) -> PairedRow:

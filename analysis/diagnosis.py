@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from analysis.layer_records import Histogram, Shape
 from analysis.plain import Record
 from certify import Interval, LpBall, class_margins
 from certify.attacks import PGD
@@ -20,30 +21,6 @@ from models.training.gradients import gradient_norms, gradient_ratio
 
 #: Bins of a histogram, points of a drawn function, images of a batch of gradients.
 BINS, POINTS, BATCH = 60, 401, 128
-
-
-@dataclass(frozen=True)
-class Histogram(Record):
-    """How often pre-activations fall between ``edges``, on clean and on attacked images: shares that sum to 1."""
-
-    layer: str
-    edges: tuple[float, ...]
-    clean: tuple[float, ...]
-    attacked: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Shape(Record):
-    """A layer's learned functions: ``values`` [channels][points] at ``places``, and certified ranges over all of them.
-
-    ``slope`` and ``curvature`` hold [min, max] of f' and f'' on the whole line (curvature is None with a base).
-    """
-
-    layer: str
-    places: tuple[float, ...]
-    values: tuple[tuple[float, ...], ...]
-    slope: tuple[float, float]
-    curvature: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -91,7 +68,7 @@ def diagnose(
         gains={name: gain(found[name], channels[name]) for name in channels},
         origin=origin,
         histograms=_histograms(model, x, y, radius, seed) if radius and origin is None else (),
-        shapes=tuple(_shape(name, module) for name, module in found.items() if isinstance(module, KAF)),
+        shapes=learned_shapes(model),
     )
 
 
@@ -106,10 +83,11 @@ def _histograms(model: nn.Module, x: Tensor, y: Tensor, radius: float, seed: int
         model(x)
     with torch.no_grad(), watched(activations(model)) as moved:
         model(witness)
-    return tuple(_histogram(name, clean[name][0], moved[name][0]) for name in clean)
+    return tuple(histogram(name, clean[name][0], moved[name][0]) for name in clean)
 
 
-def _histogram(name: str, clean: Tensor, moved: Tensor) -> Histogram:
+def histogram(name: str, clean: Tensor, moved: Tensor) -> Histogram:
+    """Return how often the values of a layer fall into common bins, before and after an attack."""
     both = torch.cat([clean.flatten(), moved.flatten()]).double().cpu()
     low, high = float(both.min()), float(both.max())
     edges = torch.linspace(low, high if high > low else low + 1, BINS + 1, dtype=torch.float64)
@@ -120,11 +98,18 @@ def _histogram(name: str, clean: Tensor, moved: Tensor) -> Histogram:
     return Histogram(name, tuple(edges.tolist()), shares[0], shares[1])
 
 
-def _shape(name: str, kaf: KAF) -> Shape:
+def learned_shapes(model: nn.Module, *, points: int = POINTS, curves: int | None = None) -> tuple[Shape, ...]:
+    """Return the functions of every KAF layer, or ``curves`` evenly chosen ones; the ranges are always those of all."""
+    found = activations(model).items()
+    return tuple(_shape(name, kaf, points, curves) for name, kaf in found if isinstance(kaf, KAF))
+
+
+def _shape(name: str, kaf: KAF, points: int, curves: int | None) -> Shape:
     """The functions of a KAF layer over its dictionary and a third beyond, and their certified ranges."""
     channels = len(kaf.alpha)
+    shown = sorted({i * channels // (curves or channels) for i in range(min(curves or channels, channels))})
     end = 4 / 3 * float(kaf.dictionary.detach().abs().max())
-    places = torch.linspace(-end, end, POINTS)
+    places = torch.linspace(-end, end, points)
     with torch.no_grad():
         values = kaf(places[:, None].expand(-1, channels).to(kaf.alpha)).t()
     twin = trace(kaf, kaf.alpha.new_zeros((1, channels)))
@@ -137,7 +122,7 @@ def _shape(name: str, kaf: KAF) -> Shape:
     return Shape(
         name,
         tuple(places.tolist()),
-        tuple(map(tuple, values.tolist())),
+        tuple(map(tuple, values[shown].tolist())),
         (float(slope.lower.min()), float(slope.upper.max())),
         None if bent is None else (float(bent.lower.min()), float(bent.upper.max())),
     )

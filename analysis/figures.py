@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from certify.errors import InvalidInput
 from models.files import write
 
@@ -14,7 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from analysis.diagnosis import Diagnosis, Histogram, Shape
+    from analysis.diagnosis import Diagnosis
+    from analysis.layer_records import Histogram, Pixels, Shape
     from analysis.summary import Summary
     from models.training import RateCurve
 
@@ -46,17 +49,22 @@ def save(made: Figure, path: str | Path) -> Path:
 
     Raises ``InvalidInput`` for other endings than .svg, .png and .pdf, ``InvalidFile`` where it cannot be written.
     """
+    place = Path(path)
+    check_kind(place)
+    write({place: encoded(made, place.suffix.removeprefix(".").lower())})
+    return place
+
+
+def encoded(made: Figure, kind: str, **options: Any) -> bytes:
+    """Return the figure as a file of that kind, the same bytes every time; ``options`` are savefig's."""
     import matplotlib as mpl
 
-    place = Path(path)
-    kind = place.suffix.removeprefix(".").lower()
-    check_kind(place)
     stream = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "kafcert"}):
+    words = "none" if options.get("transparent") else "path"  # see-through figures are parts of pages, with their fonts
+    with mpl.rc_context({"svg.hashsalt": "kafcert", "svg.fonttype": words}):
         undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
-        made.savefig(stream, format=kind, dpi=150, metadata=undated)
-    write({place: stream.getvalue()})
-    return place
+        made.savefig(stream, format=kind, dpi=150, metadata=undated, **options)
+    return stream.getvalue()
 
 
 def check_kind(path: str | Path) -> None:
@@ -141,6 +149,7 @@ def histograms(found: Sequence[Histogram]) -> Figure:
         place.stairs(histogram.attacked, histogram.edges, label="attacked")
         place.set_title(histogram.layer, fontsize=8)
         place.set_yticks([])
+        place.locator_params(axis="x", nbins=5)
         place.tick_params(labelsize=7)
     handles, labels = axes[0].get_legend_handles_labels()
     made.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
@@ -157,6 +166,20 @@ def shapes(found: Sequence[Shape]) -> Figure:
         place.plot(shape.places, mean, color=COLOURS[1], linewidth=1.5)
         place.set_title(f"{shape.layer}: f' in [{shape.slope[0]:.2g}, {shape.slope[1]:.2g}]", fontsize=8)
         place.tick_params(labelsize=7)
+    return made
+
+
+def pixel_map(found: Pixels) -> Figure:
+    """Return the input's map: bright where a pixel's interval costs the margin's bound most; channels are summed."""
+    values = np.array(found.values).reshape(found.shape)
+    plane = values.sum(tuple(range(values.ndim - 2))) if values.ndim > 1 else values[None]
+    made, (axes,) = figure(3.4, 3.0)
+    axes.grid(visible=False)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    image = axes.imshow(plane, cmap="cividis", vmin=0, aspect="equal" if values.ndim > 1 else "auto")
+    made.colorbar(image, label="part of the bound", shrink=0.85)
     return made
 
 

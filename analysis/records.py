@@ -1,13 +1,17 @@
-"""What was measured: rates with intervals, evaluations per radius and sample, layers. Frozen, plain data on request."""
+"""What was measured: rates with intervals, evaluations per radius and sample. Frozen, plain data on request."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from fractions import Fraction
+from html import escape
 from typing import Any, ClassVar, Literal
 
+from analysis.layer_records import Sensitivity
 from analysis.plain import Record
 from certify.errors import InvalidInput
+from certify.notebook import table
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,10 @@ class Rate(Record):
     def __post_init__(self) -> None:
         if not 0 <= self.count <= self.total or self.total == 0:
             raise InvalidInput(f"{self.count} of {self.total}", "0 <= count <= total", "at least one sample")
+
+    def __str__(self) -> str:
+        """96.4 (94-98): percent with its 95 % interval, rounded outward."""
+        return f"{100 * self.value:.1f} ({math.floor(100 * self.low)}-{math.ceil(100 * self.high)})"
 
     @property
     def value(self) -> float:
@@ -148,49 +156,13 @@ class Evaluation(Record):
         """The number of samples."""
         return self.clean.total
 
-
-@dataclass(frozen=True)
-class LayerRow(Record):
-    """One node of the network; means are over samples and neurons, None stands for "has no such number".
-
-    ``lipschitz_upper`` is certified for the whole space, ``lipschitz_lower`` the largest ratio met on sampled pairs
-    (l2 both). ``width_ibp`` and ``width_crown`` are mean widths of the output's bounds; ``growth`` is the CROWN
-    width over that of the inputs. ``unstable`` is the share of neurons with a kink inside their bounds (piecewise
-    linear), ``gap`` the mean distance of the two lines around a smooth function. ``share`` of the looseness of the
-    margins adds up to 1 over the layers; ``gain`` is what the margins' lower bounds would rise by, at most and on
-    average, with this layer alone exact. ``distance_mean`` and ``distance_p95`` are l2 distances between the clean
-    and the attacked activations.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    parameters: int
-    lipschitz_upper: float | None
-    lipschitz_lower: float | None
-    width_ibp: float
-    width_crown: float
-    growth: float | None
-    unstable: float | None
-    gap: float | None
-    share: float
-    gain: float
-    distance_mean: float
-    distance_p95: float
-    moves_only: bool = False
-
-
-@dataclass(frozen=True)
-class Sensitivity(Record):
-    """A row per layer at one radius, measured on ``count`` correctly classified samples; ``sentences`` say the rest."""
-
-    radius: Fraction
-    norm: str
-    method: str
-    arithmetic: str
-    count: int
-    rows: tuple[LayerRow, ...]
-    sentences: tuple[str, ...]
+    def _repr_html_(self) -> str:
+        head = "radius", "clean", "after attack", *(f"certified ({method})" for method in self.methods)
+        rows = [
+            (row.radius, self.clean, row.attacked, *(row.certified[method] for method in self.methods))
+            for row in self.rows
+        ]
+        return table(f"Accuracy in percent (95 % interval) on {self.count} samples, {self.norm}", head, rows)
 
 
 @dataclass(frozen=True)
@@ -263,3 +235,7 @@ class Report(Record):
     networks: tuple[NetworkReport, ...]
     warnings: tuple[str, ...] = ()
     course: Course | None = None
+
+    def _repr_html_(self) -> str:
+        parts = (f"<h4>{escape(network.name)}</h4>{network.evaluation._repr_html_()}" for network in self.networks)
+        return f"<p>{escape(self.samples)}</p>{''.join(parts)}"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from certify.enclosures import Interval
 from certify.errors import InvalidInput
+from certify.notebook import table
 
 
 class Verdict(Enum):
@@ -85,6 +86,13 @@ class Certificate:
             exclusions=tuple(data["exclusions"]),
         )
 
+    def _repr_html_(self) -> str:
+        counts = ", ".join(f"{self.verdicts.count(verdict)} {verdict.value}" for verdict in Verdict)
+        lower = self.margin.lower.amin(1).tolist()
+        rows = ((place, verdict.value, lower[place]) for place, verdict in enumerate(self.verdicts))
+        caption = f"{self.method}, {self.arithmetic}: {counts}"
+        return table(caption, ("sample", "verdict", "smallest margin, at least"), rows)
+
 
 #: Multipliers of a Lipschitz certificate: node name -> [problems][neurons or channels].
 Multipliers = dict[str, tuple[tuple[float, ...], ...]]
@@ -139,6 +147,12 @@ class LipschitzEstimate:
             multipliers={name: _numbers(rows) for name, rows in data.get("multipliers", {}).items()},
         )
 
+    def _repr_html_(self) -> str:
+        sign = {"upper": "<=", "lower": ">=", "estimate": "~"}[self.side]
+        rows = [("network", f"{sign} {self.value:.4g}")]
+        rows += [(name, f"{sign} {value:.4g}") for name, value in self.layers.items()]
+        return table(f"Lipschitz constant by {self.method} (l{self.p:g}), {self.side}", ("of", "value"), rows)
+
 
 @dataclass(frozen=True, eq=False)
 class AttackResult:
@@ -171,6 +185,12 @@ class AttackResult:
             success=torch.tensor(data["success"], dtype=torch.bool),
             queries=data["queries"],
         )
+
+    def _repr_html_(self) -> str:
+        rows = enumerate(zip(self.success.tolist(), self.margin.amin(1).tolist(), strict=True))
+        caption = f"{int(self.success.sum())} of {len(self.success)} samples broken, {self.queries} queries"
+        lines = ((place, "broken" if broken else "stands", margin) for place, (broken, margin) in rows)
+        return table(caption, ("sample", "outcome", "smallest margin met"), lines)
 
 
 def _finite(value: float) -> float | str:

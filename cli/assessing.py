@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,7 +15,9 @@ from analysis.manifest import tensor_digest
 from analysis.protocol import Protocol
 from analysis.records import Course, NetworkReport, Report
 from analysis.units import Case, LayerPlan
-from cli import render, theme, words
+from certify.errors import InvalidInput
+from certify.graph import trace
+from cli import grids, render, theme, words
 from cli.options import AttackOptions, BallOptions, BoundOptions, LayerOptions
 from cli.parsing import attack_of, exponent, items, radii, single
 from cli.subjects import Samples, Subject, inputs
@@ -39,7 +42,22 @@ def plan_of(options: LayerOptions, protocol: Protocol) -> LayerPlan:
     """Return how the layers are measured."""
     given = protocol.radii[:1] if options.layer_radius is None else radii(options.layer_radius)
     radius = single(given, "layer-radius")
-    return LayerPlan(radius, options.layer_samples) if options.layers else LayerPlan(None, 0)
+    if not options.layers:
+        asked = next((name for name in ("layer", "pixels") if getattr(options, name) is not None), None)
+        if asked is not None:
+            raise InvalidInput(f"--{asked} with --no-layers", "one of the two", "leave out --no-layers")
+        return LayerPlan(None, 0)
+    return LayerPlan(radius, options.layer_samples)
+
+
+def check_layer(networks: Sequence[Subject], given: Samples, layer: str | None) -> None:
+    """Raise ``InvalidInput`` unless every network has the layer: before the work, not after it."""
+    for network in networks if layer is not None else ():
+        names = trace(network.model, inputs(network, given)[:1]).nodes
+        if layer not in names:
+            raise InvalidInput(
+                f"no layer {layer!r} in {network.name}", f"one of {', '.join(names)}", "pick a layer from that list"
+            )
 
 
 def case_of(network: Subject, given: Samples, protocol: Protocol) -> Case:
@@ -57,32 +75,36 @@ def case_of(network: Subject, given: Samples, protocol: Protocol) -> Case:
     return Case(about, Batch(network.model, x, y, classes, given.index))
 
 
-def show_all(console: Console, report: Report) -> None:
-    """Print a report as the command ``report`` does."""
+def show_all(console: Console, report: Report, layer: str | None = None) -> None:
+    """Print a report as the command ``report`` does, with the neurons of the ``layer`` that is named."""
     console.print(f"{report.samples}\n")
     for warning in report.warnings:
         console.print(f"[{theme.WARN}]warning:[/] {escape(warning)}")
     if report.warnings:
         console.print()
     for network in report.networks:
-        show(console, network, report.course)
+        show(console, network, report.course, layer)
     if len(report.networks) > 1:
         show_together(console, report.networks)
     legend(console, words.LEGEND + (words.LAYER_LEGEND if report.arguments.get("layers") else ()))
 
 
-def show(console: Console, report: NetworkReport, course: Course | None) -> None:
-    """Print one network's report, and the time that it took where that is known."""
+def show(console: Console, report: NetworkReport, course: Course | None, layer: str | None = None) -> None:
+    """Print one network's report, the time that it took where that is known, and the neurons of a layer."""
     for line in render.heading(report):
         console.print(line)
     console.print(render.accuracies(report.evaluation))
     if report.layers is not None:
         at = f"radius {theme.radius(report.layers.radius)}, on {report.layers.count} images that it gets right"
         console.print(f"The layers of {escape(report.name)} at {at}")
-        for made in render.layers(report.layers):
-            console.print(made)
+        for grid in grids.layer_grids(report.layers):
+            console.print(render.drawn(grid))
         for sentence in report.layers.sentences:
             console.print(escape(sentence))
+        if layer is not None:
+            inside = grids.neurons(report.layers, layer)
+            console.print(render.drawn(inside))
+            console.print(inside.note, style="dim")
     elif report.evaluation.clean.count == 0:
         console.print("No layer was measured: the network is right on none of these images.")
     if course is not None:
@@ -93,11 +115,26 @@ def show(console: Console, report: NetworkReport, course: Course | None) -> None
 def show_together(console: Console, reports: Sequence[NetworkReport]) -> None:
     """Print several networks side by side."""
     console.print(render.side_by_side(reports))
-    for other in reports[1:]:
-        if other.evaluation.count == reports[0].evaluation.count:  # else one of them is not finished
-            for sentence in words.contrast(reports[0], other):
-                console.print(escape(sentence))
+    for lines in words.contrasts(reports):
+        for sentence in lines:
+            console.print(escape(sentence))
     console.print()
+
+
+def draw_pixels(console: Console, reports: Sequence[NetworkReport], target: Path | None) -> None:
+    """Save each network's map of the pixels that its bounds depend on."""
+    from analysis import figures
+
+    for report in reports if target is not None else ():
+        if report.layers is not None and report.layers.pixels is not None:
+            place = Path(str(target)) if len(reports) == 1 else named(Path(str(target)), report.name)
+            picture = figures.pixel_map(report.layers.pixels)
+            console.print(f"pixels of {report.name}: {figures.save(picture, place)}", markup=False, soft_wrap=True)
+
+
+def named(path: Path, name: str) -> Path:
+    """Return the path with a network's name in it; what would make a folder of it becomes a dash."""
+    return path.with_stem(f"{path.stem}-{name.strip('/').replace('/', '-')}")
 
 
 def legend(console: Console, lines: Sequence[str]) -> None:

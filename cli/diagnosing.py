@@ -67,7 +67,7 @@ def diagnose(
 
 def table_of(found: Diagnosis, *, trained: bool) -> Table:
     """Return a row per layer with its gradients, and per activation with its gain and certified ranges."""
-    from cli.theme import bound, number, table
+    from cli.theme import number, span, table
 
     columns = ["gradient at start", *(["gradient now"] if trained else []), "gain", "slopes f'", "curvature f''"]
     made = table("Layers", "layer", *columns)
@@ -80,7 +80,7 @@ def table_of(found: Diagnosis, *, trained: bool) -> Table:
         shape, ranges = shapes.get(name), ["", ""]
         if shape is not None:
             ends = [shape.slope, shape.curvature]
-            ranges = ["-" if end is None else f"{bound(end[0], 'lower')} .. {bound(end[1], 'upper')}" for end in ends]
+            ranges = ["-" if end is None else span(end) for end in ends]
         made.add_row(name, *[""] * (1 + trained), number(value), *ranges)
     return made
 

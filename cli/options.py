@@ -84,12 +84,28 @@ class OutputOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FileOptions:
+    """Files to write a report to, for people and other programs."""
+
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="One page with tables and figures.")] = None
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Tables and sentences as Markdown.")] = None
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="A row per network and radius.")] = None
+    latex: Annotated[Path | None, typer.Option(metavar="FILE", help="A table for a paper (booktabs).")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerOptions:
     """Whether and where to look at the layers."""
 
     layers: Annotated[bool, typer.Option(help="Measure each layer too.")] = True
     layer_radius: Annotated[str | None, typer.Option(metavar="R", help="At this radius [the smallest one].")] = None
     layer_samples: Annotated[int, typer.Option(min=1, metavar="N", help="On at most so many samples.")] = 50
+    layer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Look into this layer: its most costly neurons or channels.")
+    ] = None
+    pixels: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw which pixels the bounds depend on: .svg, .png or .pdf.")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,6 +52,15 @@ def check_target(target: str | Path | None) -> None:
         )
 
 
+def check_picture(target: Path | None) -> None:
+    """Raise ``InvalidInput`` or ``InvalidFile`` unless a picture can be written at ``target``."""
+    from analysis.figures import check_kind
+
+    if target is not None:
+        check_kind(target)
+        check_target(target)
+
+
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar on stderr while the work goes on (nothing where stderr is no terminal); yields its tick."""

@@ -14,6 +14,7 @@ from cli.options import (
     BallOptions,
     BoundOptions,
     DataOptions,
+    FileOptions,
     LayerOptions,
     NetworkOptions,
     OutputOptions,
@@ -31,6 +32,7 @@ def report(
     attack: AttackOptions,
     layers: LayerOptions,
     run: RunOptions,
+    files: FileOptions,
     output: OutputOptions,
 ) -> None:
     """Accuracy for certain and under attack, and layer by layer.
@@ -40,12 +42,15 @@ def report(
     """
     from analysis import journal
     from cli import output as out
-    from cli.assessing import show_all
+    from cli.assessing import draw_pixels, show_all
+    from cli.exports import check_files, write_files
     from cli.running import Asked, carried_out, check, tell
 
     console = out.console(output.json)
     asked = Asked(networks=networks, data=data, ball=ball, bounding=bounding, attack=attack, layers=layers, run=run)
     check(asked)
+    check_files(files)
+    out.check_picture(layers.pixels)
     if run.slurm is not None and run.out is not None:
         from cli.slurm import submit
 
@@ -55,7 +60,10 @@ def report(
     result = None if run.from_ is not None else carried_out(asked)
     found = journal.read(run.from_ or "") if result is None else result.report
     if run.shard is None:
-        show_all(console, found)
+        show_all(console, found, layers.layer)
+        draw_pixels(console, found.networks, layers.pixels)
+        for path in write_files(found, files):
+            console.print(f"written: {path}", markup=False, soft_wrap=True)
         out.publish_report(output.json, found)
     if result is not None and result.done < result.asked:
         typer.echo(f"time limit: {tell(asked, f'{result.done} of {result.asked}')}", err=True)

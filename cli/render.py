@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from rich.markup import escape
 from rich.table import Table
 
-from analysis.records import Evaluation, LayerRow, NetworkReport, OutputBounds, Sensitivity
+from analysis.records import Evaluation, NetworkReport, OutputBounds
 from certify.results import LipschitzEstimate
-from cli.theme import BAD, DIM, GOOD, NAME, WARN, bound, count, number, percent, radius, rate, seconds, shape, table
+from cli.grids import Grid
+from cli.theme import BAD, GOOD, NAME, WARN, bound, number, radius, rate, seconds, table
 
 VERDICTS = {"holds": GOOD, "violated": BAD, "unknown": WARN, "timeout": WARN}
 
@@ -57,35 +58,12 @@ def side_by_side(reports: Sequence[NetworkReport]) -> Table:
     return made
 
 
-def layers(found: Sensitivity) -> tuple[Table, Table]:
-    """What each layer is and does to distances, and what it does to bounds."""
-    first = table(
-        "How far each layer carries a change",
-        *("layer", "kind", "output", "params", "stretch\nat least", "stretch\nat most", "moved", "moved\n95th pct"),
-    )
-    costs = {title: column for title, column in COSTS.items() if any(column(row) for row in found.rows)}
-    second = table("What each layer costs the bounds", "layer", *costs)
-    worst = max((row.gain for row in found.rows), default=0.0)
-    for row in found.rows:
-        first.add_row(
-            *(row.name, row.kind, shape(row.shape), count(row.parameters)),
-            *map(number, (row.lipschitz_lower, row.lipschitz_upper, row.distance_mean, row.distance_p95)),
-            style=DIM if row.moves_only else None,
-        )
-        second.add_row(row.name, *(column(row) or "-" for column in costs.values()), style=_style(row, worst))
-    return first, second
-
-
-#: Columns about bounds; one that is empty for every layer is left out.
-COSTS: dict[str, Callable[[LayerRow], str]] = {
-    "width\n(ibp)": lambda row: number(row.width_ibp),
-    "width\n(crown)": lambda row: number(row.width_crown),
-    "growth": lambda row: "" if row.growth is None else f"x {row.growth:.1f}",
-    "unstable": lambda row: "" if row.unstable is None else percent(row.unstable),
-    "gap": lambda row: "" if row.gap is None else number(row.gap),
-    "looseness": lambda row: percent(row.share) if row.share > 0 else "",
-    "gain\n(margin)": lambda row: number(row.gain) if row.share > 0 else "",
-}
+def drawn(grid: Grid) -> Table:
+    """Return the table for the terminal."""
+    made = table(grid.title, *grid.head)
+    for row, tone in zip(grid.rows, grid.tones or [""] * len(grid.rows), strict=True):
+        made.add_row(*map(escape, row), style=tone or None)
+    return made
 
 
 def timings(spent: Mapping[str, float]) -> str:
@@ -156,9 +134,3 @@ def _bracket(values: Sequence[tuple[str, float]]) -> tuple[float | None, float |
     """The largest lower and the smallest upper bound; estimates say nothing."""
     lower, upper = ([value for side, value in values if side == wanted] for wanted in ("lower", "upper"))
     return max(lower, default=None), min(upper, default=None)
-
-
-def _style(row: LayerRow, worst: float) -> str | None:
-    if row.moves_only:
-        return DIM
-    return NAME if row.gain == worst > 0 else None

@@ -17,14 +17,15 @@ from analysis.shard import Shard
 from analysis.units import Stage
 from certify.errors import InvalidInput
 from cli import output
-from cli.assessing import case_of, plan_of, protocol_of
+from cli.assessing import case_of, check_layer, plan_of, protocol_of
 from cli.complaints import INTERRUPTED
 from cli.interrupts import promptly
 from cli.options import AttackOptions, BallOptions, BoundOptions, DataOptions, LayerOptions, NetworkOptions, RunOptions
 from cli.subjects import Samples, samples, subjects
 
-#: Options of a run that decide no number.
-_WAYS = ("out", "resume", "from_", "jobs", "shard", "slurm", "time_limit")
+#: Options that decide no number: how a run is gone through, and what of it is shown.
+_SHOWN = ("layer", "pixels")
+_WAYS = ("out", "resume", "from_", "jobs", "shard", "slurm", "time_limit", *_SHOWN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,7 @@ def prepared(asked: Asked) -> tuple[Stage, Samples]:
     if len({*names}) < len(names):
         raise InvalidInput(f"the networks {', '.join(names)}", "each of them once", "leave out what is there twice")
     given = samples(asked.data, networks)
+    check_layer(networks, given, asked.layers.layer)
     cases = tuple(case_of(network, given, protocol) for network in networks)
     return Stage(cases, protocol, plan, Path("alarms") if asked.run.out is None else asked.run.out / "alarms"), given
 
@@ -116,7 +118,7 @@ def _check_from(asked: Asked) -> None:
     for bundle in dataclasses.fields(asked):
         given = getattr(asked, bundle.name)
         for field in dataclasses.fields(given):
-            if getattr(given, field.name) not in (field.default, []) and field.name != "from_":
+            if getattr(given, field.name) not in (field.default, []) and field.name not in ("from_", *_SHOWN):
                 name = "a network" if field.name == "checkpoints" else f"--{field.name.replace('_', '-')}"
                 raise InvalidInput(f"{name} with --from", "--from alone: the records know the rest", "leave it out")
 

@@ -41,7 +41,7 @@ def percent(share: float) -> str:
 
 def rate(value: Rate) -> str:
     """96.4 (94-98): percent with its 95 % interval, rounded outward."""
-    return f"{100 * value.value:.1f} ({math.floor(100 * value.low)}-{math.ceil(100 * value.high)})"
+    return str(value)
 
 
 def number(value: float | None) -> str:
@@ -62,6 +62,11 @@ def bound(value: float | None, side: str) -> str:
     mode = {"upper": ROUND_CEILING, "lower": ROUND_FLOOR}.get(side, ROUND_HALF_EVEN)
     exact = Decimal(value)
     return f"{exact.quantize(Decimal(1).scaleb(exact.adjusted() - 3), rounding=mode):.4g}"
+
+
+def span(ends: tuple[float, float]) -> str:
+    """-0.13 .. 1.48: both ends rounded outward."""
+    return f"{bound(ends[0], 'lower')} .. {bound(ends[1], 'upper')}"
 
 
 def radius(value: Fraction) -> str:

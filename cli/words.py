@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from analysis.comparison import compare
-from analysis.records import NetworkReport, PairedRow, RadiusRow
+from analysis.comparison import alike, compare
+from analysis.records import Evaluation, NetworkReport, PairedRow, RadiusRow, Rate, Report
 from cli.theme import percent, radius
+
+#: Intervals wider than this say little.
+WIDE = 0.1
 
 LEGEND = (
     "clean: right without any change. after attack: still right after the strongest change that the attack found.",
@@ -18,9 +21,10 @@ LAYER_LEGEND = (
     "stretch: how much a layer can lengthen a change (l2): at least (met on samples), at most (certified Lipschitz "
     "constant). moved: l2 distance between its clean and attacked outputs, on average and for the 95th percentile.",
     "width: how uncertain a proof is about a layer's outputs; growth: that width over its inputs' (crown). unstable: "
-    "neurons whose bounds contain a kink; gap: distance of the two straight lines around a curve; looseness: the "
-    "layer's part in the certificate's slack; gain: what the certified margins would rise by, at most and on average, "
-    "if bounds were exact at this layer alone.",
+    "neurons whose bounds contain a kink; gap: distance of the two straight lines around a curve; slack: the "
+    "layer's part of what the certificate gives away; gain: what the certified margins would rise by, at most and on "
+    "average, if bounds were exact at this layer alone; gradient: how fast the smallest margin changes with the "
+    "layer's output (l2, mean over images).",
 )
 
 
@@ -42,14 +46,56 @@ def contrast(first: NetworkReport, second: NetworkReport) -> Iterable[str]:
         yield _difference(row, first.name, second.name)
 
 
+def contrasts(reports: Sequence[NetworkReport]) -> Iterable[tuple[str, ...]]:
+    """How each other network differs from the first one, where both were measured on the same images."""
+    for other in reports[1:]:
+        if alike(reports[0].evaluation, other.evaluation):
+            yield tuple(contrast(reports[0], other))
+
+
+def title(report: Report) -> str:
+    """What a report is about."""
+    names = [network.name for network in report.networks]
+    listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else "no network"
+    return f"Robustness of {listed}"
+
+
+def cautions(report: Report) -> tuple[str, ...]:
+    """What lowers trust in the numbers: what was noted when they were made, and what they show themselves."""
+    said = list(report.warnings)
+    for network in report.networks:
+        found = network.evaluation
+        widest = max((rate.high - rate.low for rate in _rates(found)), default=0.0)
+        if widest > WIDE:
+            said.append(
+                f"{network.name} was measured on {found.count} images: the 95 % intervals are up to "
+                f"{100 * widest:.0f} points wide."
+            )
+        late = sum(outcome.verdict == "timeout" for sample in found.samples for outcome in sample.outcomes)
+        if late:
+            said.append(f"{network.name}: {late} questions ran out of time; they count as not certified.")
+        if not found.methods:
+            said.append(f"{network.name}: nothing was certified, and an attack that fails proves nothing.")
+        if found.methods and found.arithmetic == "real":
+            said.append(f"{network.name}: bounds are those of real arithmetic, and computers round.")
+    return tuple(dict.fromkeys(said))
+
+
+def _rates(found: Evaluation) -> Iterable[Rate]:
+    yield found.clean
+    for row in found.rows:
+        yield row.attacked
+        yield from row.certified.values()
+
+
 def closing(reports: Sequence[NetworkReport]) -> Iterable[str]:
     """All of it: each network, its layer to blame, and how they differ."""
     for report in reports:
         yield " ".join(verdict(report))
         if report.layers is not None:
             yield f"In {report.name}, {report.layers.sentences[0]}"
-    for other in reports[1:]:
-        yield " ".join(contrast(reports[0], other))
+    for lines in contrasts(reports):
+        yield " ".join(lines)
 
 
 def _between(row: RadiusRow) -> str:

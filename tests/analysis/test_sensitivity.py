@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from analysis.evaluation import Protocol
+from analysis.layer_records import Sensitivity
 from analysis.layers import layer_sensitivity
-from analysis.records import Sensitivity
 from certify.attacks import PGD
 from certify.errors import InvalidInput
 from models import cnn, mlp
