@@ -13,6 +13,7 @@ from analysis.chunk import AUDIT, Batch, Keep, Tick, Watch, measure
 from analysis.protocol import Protocol, describe
 from analysis.records import Conditions, Evaluation, RadiusRow, Rate, SampleRecord
 from certify import class_margins
+from certify.attacks.base import evaluating
 from certify.errors import InvalidInput
 from certify.graph import trace
 
@@ -41,6 +42,8 @@ def evaluate(
     the folder ``dump``; beside what ``certify.prove`` raises for models and sets that cannot be bounded.
     """
     x, y, classes = fit(model, x, y)
+    if protocol.methods:
+        trace(model, x[:1])  # what cannot be bounded is refused before anything is attacked
     batch = Batch(model, x, y, classes, torch.arange(len(x)) if index is None else index)
     watch = Watch(tick, keep, None if dump is None else Path(dump))
     parts = torch.arange(len(x)).split(protocol.batch)
@@ -51,19 +54,31 @@ def evaluate(
 def fit(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
     """Return x and y as the model takes them (its dtype and device), and its number of classes.
 
-    Raises ``InvalidInput`` for empty or mismatched samples and labels outside the classes, and what tracing the
-    model raises.
+    Raises ``InvalidInput`` for empty or mismatched samples, labels outside the classes, and inputs or outputs of the
+    wrong shape.
     """
     if len(x) == 0 or len(x) != len(y):
         raise InvalidInput(f"{len(x)} samples with {len(y)} labels", "one label each, at least one sample")
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
     x = x if first is None else x.to(first.device, first.dtype)
-    graph = trace(model, x[:1])
-    shape = graph.shape(graph.output)
+    shape = _output_shape(model, x[:1])
     if len(shape) != 1 or shape[0] < 2:
         raise InvalidInput(f"a model with outputs of shape {tuple(shape)}", "one logit per class, at least two classes")
     class_margins(y, shape[0])
     return x, y.to(x.device), shape[0]
+
+
+def _output_shape(model: nn.Module, x: Tensor) -> tuple[int, ...]:
+    """The shape of one sample's outputs, in eval mode."""
+    try:
+        with evaluating(model), torch.no_grad():
+            return tuple(model(x).shape[1:])
+    except (RuntimeError, ValueError) as error:
+        raise InvalidInput(
+            f"the model fails on an input of shape {tuple(x.shape)}: {error}"[:300],
+            "samples of the shape that the model takes",
+            "the right --data or --input-shape",
+        ) from None
 
 
 def tally(records: Sequence[SampleRecord], conditions: Conditions) -> Evaluation:

@@ -63,6 +63,8 @@ def check_layer(networks: Sequence[Subject], given: Samples, layer: str | None) 
 def case_of(network: Subject, given: Samples, protocol: Protocol) -> Case:
     """Return the network and its samples as a run takes them."""
     x, y, classes = fit(network.model, inputs(network, given), given.y)
+    if protocol.methods:
+        trace(network.model, x[:1])  # what cannot be bounded is refused before anything is attacked
     about = NetworkLine(
         name=network.name,
         source=network.source,
@@ -78,9 +80,9 @@ def case_of(network: Subject, given: Samples, protocol: Protocol) -> Case:
 def show_all(console: Console, report: Report, layer: str | None = None) -> None:
     """Print a report as the command ``report`` does, with the neurons of the ``layer`` that is named."""
     console.print(f"{report.samples}\n")
-    for warning in report.warnings:
+    for warning in words.cautions(report):
         console.print(f"[{theme.WARN}]warning:[/] {escape(warning)}")
-    if report.warnings:
+    if words.cautions(report):
         console.print()
     for network in report.networks:
         show(console, network, report.course, layer)
