@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from analysis.records import Evaluation, Rate
+    from analysis.sandwich import Sandwich
 
+#: What a sandwich is made of.
+LAYERS = ("clean", "after PGD", "after all attacks", "certified")
 #: Bins of the margins, at most, and the share of them beyond either end, which goes into the end bins.
 BINS, BEYOND = 40, 0.01
 
@@ -31,6 +35,23 @@ def accuracy_curves(found: Evaluation) -> Figure:
     axes.set_xlabel(f"radius ({found.norm})")
     axes.set_ylabel("% right")
     made.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return made
+
+
+def sandwich_curves(found: Sequence[Sandwich]) -> Figure:
+    """Return, a panel per network, accuracies by radius: clean, after the first attack, after all, and certified."""
+    made, axes = figure(4.2 * len(found), 3.4, columns=len(found))
+    for panel, item in zip(axes, found, strict=True):
+        radii = [float(row.radius) for row in item.last.rows]
+        layers = zip(*(item.layers(place) for place in range(len(radii))), strict=True)
+        for turn, (label, rates) in enumerate(zip(LAYERS, layers, strict=True)):
+            _curve(panel, turn, radii, list(rates), label)
+        panel.set_title(item.name, fontsize=9)
+        panel.set_ylim(-2, 102)
+        panel.set_xlabel(f"radius ({item.last.norm})")
+    axes[0].set_ylabel("% right")
+    handles, labels = axes[0].get_legend_handles_labels()
+    made.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return made
 
 

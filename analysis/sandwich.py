@@ -16,11 +16,8 @@ from analysis.plain import Record
 from analysis.protocol import Protocol
 from analysis.records import Evaluation, Rate
 from certify import certified_radius, class_margins
-from certify.attacks import FMN, PGD, Ensemble
-from certify.errors import SoundnessAlarm
-
-#: The widest ball in which the nearest adversarial example is searched, in multiples of the data range's width.
-WIDEST = 1.0
+from certify.attacks import FMN, Ensemble
+from certify.errors import InvalidInput, SoundnessAlarm
 
 
 @dataclass(frozen=True)
@@ -74,6 +71,8 @@ def sandwich(
     The radii are those of the protocol's last method and of FMN. Raises ``SoundnessAlarm`` where a proof and an attack
     contradict each other.
     """
+    if not protocol.methods:
+        raise InvalidInput("a comparison without bound methods", "at least one", "methods=('crown',)")
     x, y, classes = fit(model, x, y)
     whole = Ensemble(attacks=(protocol.attack, *Ensemble().attacks))
     first = evaluate(model, x, y, replace(protocol, methods=()), index=index, tick=tick)
@@ -115,7 +114,7 @@ def _widest(x: Tensor, protocol: Protocol) -> Fraction:
     low, high = protocol.clip or (float(x.min()) - 1, float(x.max()) + 1)
     features = x[0].numel()
     longest = features if protocol.p == 1 else features**0.5 if protocol.p == 2 else 1.0
-    return Fraction(WIDEST * (high - low) * longest)
+    return Fraction((high - low) * longest)
 
 
 def _check(
@@ -134,8 +133,3 @@ def _check(
             "certified radius <= distance of every adversarial example: one of the two is wrong, and the run stops",
             "report it as a bug, with the network and the image",
         )
-
-
-def default_attack() -> PGD:
-    """Return the first layer of the sandwich where none is asked for."""
-    return PGD(restarts=5)

@@ -12,6 +12,7 @@ from cli import questions
 from cli.auditing import audit
 from cli.bundles import at_home, bundled
 from cli.catalogue import ops
+from cli.comparing import compare
 from cli.complaints import complain
 from cli.demo import demo
 from cli.diagnosing import diagnose
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_ASKING = (questions.report, merge, questions.bounds, questions.attack, questions.lipschitz, audit, smooth)
+_ASKING = (questions.report, merge, compare, questions.bounds, questions.attack, questions.lipschitz, audit, smooth)
 for _command in (demo, train, lr_find, sweep, diagnose, *_ASKING, ops):
     app.command(_command.__name__.replace("_", "-"))(bundled(at_home(_command)))
 

@@ -71,14 +71,11 @@ class CarliniWagner(Attack):
         for k in range(1, self.steps + 1):
             rows, climb = objective.gradient(x, spec, LOSSES["margin"])
             value = rows.amin(1)
-            nearest.meet(x, value, ball.distance(x))
-            broke |= value < 0
+            broke |= nearest.meet(x, rows, ball.distance(x))
             pull = torch.where(value > -CONFIDENCE, weight, 0).view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
             gradient = 2 * (x - ball.center) - pull * climb
             mean = BETA1 * mean + (1 - BETA1) * gradient
             square = BETA2 * square + (1 - BETA2) * gradient.square()
             step = (mean / (1 - BETA1**k)) / ((square / (1 - BETA2**k)).sqrt() + GUARD)
             x = ball.project(x - self.rate * step)
-        value = objective.rows(x, spec).amin(1)
-        nearest.meet(x, value, ball.distance(x))
-        return x, broke | (value < 0)
+        return x, broke | nearest.meet(x, objective.rows(x, spec), ball.distance(x))

@@ -44,14 +44,14 @@ class DeepFool(Attack):
         considered = objective.rows(x, spec).argsort(1)[:, : self.rows]
         for _ in range(self.steps):
             values, gradients = linear_rows(objective, x, spec, considered)
-            nearest.meet(x, values.amin(1), ball.distance(x))
+            nearest.meet(x, values, ball.distance(x))
             walking = (nearest.distance == torch.inf).nonzero()[:, 0]
             if len(walking) == 0:
                 break
             step = _shortest(ball.take(walking), values[walking], gradients[walking])
             x = x.clone()
             x[walking] = ball.take(walking).project(x[walking] + (1 + self.overshoot) * step)
-        nearest.meet(x, objective.rows(x, spec).amin(1), ball.distance(x))
+        nearest.meet(x, objective.rows(x, spec), ball.distance(x))
         return nearest.points_or(x)
 
 

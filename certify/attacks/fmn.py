@@ -12,6 +12,7 @@ from torch import Tensor
 from certify.attacks.base import Attack, Objective
 from certify.attacks.losses import LOSSES
 from certify.attacks.nearest import Nearest, ball_of, dual_norm, linear_rows
+from certify.attacks.pgd import PGD
 from certify.draws import Draws
 from certify.errors import InvalidInput
 from certify.registry import register_attack
@@ -20,6 +21,8 @@ from certify.specs import Spec
 
 #: Shares by which the radius changes in the first and in the last step.
 FIRST, LAST = 0.3, 0.001
+#: Halvings of the way to a far counterexample, where the search itself met none.
+BISECTIONS = 12
 #: Rows that are linearised at the centre, the lowest ones.
 CONSIDERED = 9
 #: How far to look beyond the plane of the linear model: on the plane itself a row is 0 and nothing is broken.
@@ -32,8 +35,9 @@ class FMN(Attack):
     """Return the nearest point met at which a row is below 0, in the norm of the ball, within its radius.
 
     Each of the ``targets`` rows that a linear model at the centre finds nearest is aimed at in turn. Until it breaks,
-    the linear model says how far to look. Steps follow the ball's ``stride``. The witness's distance from the centre is
-    an upper bound of the smallest adversarial distance: give a ball as wide as the search may go.
+    the linear model says how far to look. Where no row breaks so, PGD in the whole ball and bisection find a point.
+    Steps follow the ball's ``stride``. The witness's distance from the centre is an upper bound of the smallest
+    adversarial distance: give a ball as wide as the search may go.
     Reference: Pintor, Roli, Brendel, Biggio, "Fast minimum-norm adversarial attacks through adaptive norm constraints"
     (2021), algorithm 1.
     """
@@ -56,6 +60,11 @@ class FMN(Attack):
         x = ball.center
         for goal in lowest.gather(1, reach.argsort(1)[:, : self.targets]).unbind(1):
             x = self._towards(goal, objective, ball, spec, nearest)
+        missed = (nearest.distance == math.inf).nonzero()[:, 0]
+        if len(missed):
+            far = PGD(steps=self.steps).search(objective, ball.take(missed), spec.take(missed), draws.take(missed))
+            x = x.index_copy(0, missed, _boundary(objective, ball.take(missed), spec.take(missed), far))
+            nearest.meet(x, objective.rows(x, spec), ball.distance(x))
         return nearest.points_or(x)
 
     def _towards(self, goal: Tensor, objective: Objective, ball: LpBall, spec: Spec, nearest: Nearest) -> Tensor:
@@ -64,14 +73,29 @@ class FMN(Attack):
         for k in range(self.steps):
             rows, gradient = objective.gradient(x, spec, LOSSES["margin"], goal)
             distance, value = ball.distance(x), rows.gather(1, goal[:, None])[:, 0]
-            nearest.meet(x, rows.amin(1), distance)
-            closest = torch.where(value < 0, torch.minimum(closest, distance), closest)
+            broken = nearest.meet(x, rows, distance)
+            closest = torch.where(broken, torch.minimum(closest, distance), closest)
             share = (1 + math.cos(math.pi * k / self.steps)) / 2
             change = LAST + (FIRST - LAST) * share
             guess = distance + OVERSHOOT * value.clamp(min=0) / dual_norm(ball, gradient)
             grown = torch.where(closest < math.inf, radius * (1 + change), guess)
-            radius = torch.where(value < 0, torch.minimum(radius * (1 - change), closest), grown)
+            radius = torch.where(broken, torch.minimum(radius * (1 - change), closest), grown)
             tried = ball.with_radius(torch.minimum(radius, ball.radius))
             x = tried.project(x + share * tried.stride(gradient, None))
-        nearest.meet(x, objective.rows(x, spec).amin(1), ball.distance(x))
+        nearest.meet(x, objective.rows(x, spec), ball.distance(x))
         return x
+
+
+def _boundary(objective: Objective, ball: LpBall, spec: Spec, far: Tensor) -> Float[Tensor, "n *shape"]:
+    """The last broken point found by bisection between the centre and ``far``; ``far`` where that breaks nothing."""
+    low, high = torch.zeros_like(ball.radius), torch.ones_like(ball.radius)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        broken = objective.rows(_between(ball, far, middle), spec).amin(1) < 0
+        low, high = torch.where(broken, low, middle), torch.where(broken, middle, high)
+    return _between(ball, far, high)
+
+
+def _between(ball: LpBall, far: Tensor, share: Tensor) -> Tensor:
+    step = (far - ball.center) * share.view(-1, *[1] * (far.ndim - 1)).to(far.dtype)
+    return ball.project(ball.center + step)

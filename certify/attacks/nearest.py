@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from certify.attacks.base import Objective
@@ -12,6 +12,8 @@ from certify.errors import InvalidInput
 from certify.sets import LpBall, PerturbationSet
 from certify.specs import Spec
 
+#: Rounding errors of the model's precision, relative to the largest row, by which a row must be below 0.
+CLEAR = 100
 #: Keeps quotients finite where a gradient vanishes.
 TINY = 1e-30
 
@@ -26,13 +28,19 @@ class Nearest:
     def meet(
         self,
         x: Float[Tensor, "batch *shape"],
-        value: Float64[Tensor, "batch"],
+        rows: Float64[Tensor, "batch rows"],
         distance: Float64[Tensor, "batch"],
-    ) -> None:
-        """Take the points that break a row and are nearer than what was met before."""
-        better = (value < 0) & (distance < self.distance)
+    ) -> Bool[Tensor, "batch"]:
+        """Take the points that break a row and are nearer than what was met before; return which break one.
+
+        A row is broken here when it is below 0 by more than rounding: the nearest points lie where rows are almost 0,
+        and what rounding alone breaks would not be confirmed in float64.
+        """
+        broken = rows.amin(1) < -CLEAR * torch.finfo(x.dtype).eps * rows.abs().amax(1)
+        better = broken & (distance < self.distance)
         self._points = torch.where(better.view(-1, *[1] * (x.ndim - 1)), x, self._points)
         self.distance = torch.where(better, distance, self.distance)
+        return broken
 
     def points_or(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
         """Return the nearest broken points, and ``x`` where there are none."""

@@ -1,0 +1,165 @@
+"""``certify compare``: proofs and attacks side by side, image by image, and networks against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.options import (
+    AttackOptions,
+    BallOptions,
+    BoundOptions,
+    DataOptions,
+    FileOptions,
+    NetworkOptions,
+    OutputOptions,
+)
+
+if TYPE_CHECKING:
+    from analysis.records import Report
+    from analysis.sandwich import Sandwich
+    from cli.grids import Grid
+
+#: Images where none are asked for: Square alone asks 5,000 times for each that survives.
+IMAGES = 100
+#: Shares of the images at which radii are shown.
+SHARES = (0.1, 0.5, 0.9)
+
+
+def compare(
+    networks: NetworkOptions,
+    data: DataOptions,
+    ball: BallOptions,
+    bounding: BoundOptions,
+    attack: AttackOptions,
+    files: FileOptions,
+    output: OutputOptions,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw accuracy against radius: .svg, .png or .pdf.")
+    ] = None,
+) -> None:
+    """Empirical against certified robustness, per image.
+
+    clean >= PGD >= ensemble >= certified at every radius; the radius proved beside the nearest adversarial example;
+    networks on the same images, paired (McNemar); class by class.
+    """
+    from dataclasses import replace
+
+    from analysis import curves, figures
+    from analysis.manifest import versions
+    from analysis.records import NetworkReport, Report
+    from analysis.sandwich import sandwich, work
+    from cli import output as out
+    from cli.assessing import protocol_of
+    from cli.exports import check_files, write_files
+    from cli.render import drawn
+    from cli.subjects import inputs, samples, subjects
+
+    console = out.console(output.json)
+    check_files(files)
+    out.check_picture(plot)
+    protocol, asked = protocol_of(ball, data.seed, attack, bounding), subjects(networks)
+    given = samples(data if data.samples is not None else replace(data, samples=IMAGES), asked)
+    console.print(f"{given.text}\n", soft_wrap=True)
+    found = []
+    for network in asked:
+        with out.progress(network.name, work(len(given.x), protocol)) as tick:
+            x = inputs(network, given)
+            item = sandwich(network.name, network.model, x, given.y, protocol, index=given.index, tick=tick)
+        found.append(item)
+    options = out.arguments(networks, data, ball, bounding, attack)
+    reports = tuple(
+        NetworkReport(n.name, n.source, n.network, n.parameters, n.normalisation, item.last)
+        for n, item in zip(asked, found, strict=True)
+    )
+    report = Report("compare", options, given.text, data.seed, versions(), reports)
+    for grid in grids_of(found, report):
+        console.print(drawn(grid))
+        if grid.note:
+            console.print(grid.note, style="dim", soft_wrap=True)
+    if plot is not None:
+        console.print(f"plot: {figures.save(curves.sandwich_curves(found), plot)}", soft_wrap=True)
+    for path in write_files(report, files):
+        console.print(f"written: {path}", markup=False, soft_wrap=True)
+    out.publish(output.json, "compare", options, {"samples": given.text, "networks": found})
+
+
+def grids_of(found: Sequence[Sandwich], report: Report) -> Iterable[Grid]:
+    """Yield all tables: accuracies, what is known, radii, pairs of networks, classes."""
+    from cli import overview
+
+    yield accuracies(found)
+    yield overview.standings(report)
+    yield radii(found)
+    if len(found) > 1:
+        yield pairs(found)
+    for network in report.networks:
+        yield overview.classes(network)
+
+
+def accuracies(found: Sequence[Sandwich]) -> Grid:
+    """Four accuracies per network and radius, each at most the one before."""
+    from cli.grids import Grid
+    from cli.theme import radius, rate
+
+    rows = [
+        (item.name, radius(row.radius), *map(rate, item.layers(place)))
+        for item in found
+        for place, row in enumerate(item.last.rows)
+    ]
+    methods = " or ".join(found[0].last.methods)
+    note = (
+        f"after PGD: {found[0].first.attack}. after all: that, APGD-CE, APGD-T, FMN and Square. certified: by {methods}"
+    )
+    heads = "network", "radius", "clean", "after PGD", "after all", "certified"
+    return Grid("Accuracy in percent (95 % interval)", heads, tuple(rows), note=note)
+
+
+def radii(found: Sequence[Sandwich]) -> Grid:
+    """Quantiles of the radii up to which images are proved, and at which they are broken."""
+    from cli.grids import Grid
+    from cli.theme import bound
+
+    rows = []
+    for item in found:
+        proved = sorted(pair.certified for pair in item.pairs)
+        met = sorted(float("inf") if pair.adversarial is None else pair.adversarial for pair in item.pairs)
+        for words, values, side in (("proved up to", proved, "lower"), ("broken at", met, "upper")):
+            cells = (bound(_quantile(values, share), side) for share in SHARES) if values else ("-",) * len(SHARES)
+            rows.append((item.name, words, str(len(values)), *cells))
+    heads = "network", "radius", "images", *(f"{100 * share:.0f} %" for share in SHARES)
+    note = (
+        f"proved up to: by {found[0].method}, bisected. broken at: the nearest adversarial example that FMN found. The "
+        "true distance of every image that is right lies between the two."
+    )
+    return Grid(
+        f"Radii ({found[0].last.norm}), quantiles over the images that are right", heads, tuple(rows), note=note
+    )
+
+
+def pairs(found: Sequence[Sandwich]) -> Grid:
+    """McNemar's exact test for every two networks and quantity."""
+    from analysis.comparison import compare as paired
+    from cli.grids import Grid
+    from cli.theme import number, radius
+
+    rows = []
+    for one, other in combinations(found, 2):
+        for row in paired(one.last, other.last):
+            at = "" if row.radius is None else f" at {radius(row.radius)}"
+            counts = str(row.first_only), str(row.second_only)
+            rows.append((f"{one.name} / {other.name}", f"{row.quantity}{at}", *counts, number(row.p_value)))
+    heads = "networks", "right", "only\nthe first", "only\nthe second", "p"
+    note = "p: how likely such a difference is by chance (McNemar, exact, on the same images)"
+    return Grid("Networks against each other", heads, tuple(rows), note=note)
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    """The value that this share of the sorted ones does not exceed: one of them, never between two."""
+    from math import ceil
+
+    return values[max(0, ceil(share * len(values)) - 1)]

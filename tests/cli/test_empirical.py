@@ -1,0 +1,98 @@
+"""compare, audit, smooth and attack from the command line: tables, files, exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from analysis import audit as auditing
+from analysis.audit import Audit
+from analysis.sandwich import Sandwich
+from analysis.smoothing import SmoothedAccuracy
+from certify.attacks import APGD, Ensemble
+from cli import theme
+from cli.main import main
+from models import checkpoint
+from models.data import load
+from models.networks import architecture, build
+from models.training import Engine, TrainConfig, train
+
+Capture = pytest.CaptureFixture[str]
+
+
+def said(capsys: Capture, words: str, code: int = 0) -> str:
+    """Run a command; return its stdout."""
+    assert main(words.split()) == code
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = (APGD(steps=10),)
+    monkeypatch.setattr("analysis.sandwich.Ensemble", lambda attacks=few: Ensemble(attacks=attacks))
+    monkeypatch.setattr(auditing, "CHECKS", auditing.CHECKS[:4])
+
+
+@pytest.mark.usefixtures("quick")
+def test_compare_prints_what_it_writes(folder: Path, capsys: Capture) -> None:
+    words = "compare net --radius 0.02,0.1 --samples 20 --methods ibp,crown --steps 5 --restarts 1"
+    text = said(capsys, f"{words} --plot curves.svg --html page.html --csv rates.csv --json out.json")
+    found = Sandwich.from_dict(json.loads((folder / "out.json").read_text())["results"]["networks"][0])
+    for place in range(2):
+        for rate in found.layers(place):
+            assert theme.rate(rate) in text
+    for title in ("Accuracy in percent", "What is known of how many images", "Radii (linf)", "Class by class"):
+        assert title in text
+    assert (folder / "curves.svg").read_bytes().startswith(b"<?xml")
+    assert "<!DOCTYPE html>" in (folder / "page.html").read_text()
+    assert "Networks against each other" not in text
+    both = said(capsys, f"{words} net/model.json --json out.json".replace("compare net", "compare net ./net"))
+    assert "Networks against each other" in both
+
+
+@pytest.mark.usefixtures("quick")
+def test_audit_says_trusted_or_exits_with_one(folder: Path, capsys: Capture) -> None:
+    text = said(capsys, "audit net --radius 0.05 --samples 10 --json out.json")
+    found = Audit.from_dict(next(iter(json.loads((folder / "out.json").read_text())["results"]["networks"].values())))
+    assert found.trusted
+    assert "Nothing speaks against trusting attacks" in text
+    (folder / "soft.py").write_text(
+        "from torch import nn\n\ndef net():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Softmax(1)).eval()\n"
+    )
+    text = said(capsys, "audit --model soft:net --data digits --radius 0.05 --samples 200", code=1)
+    assert "Do not trust attacks on this network: softmax output" in " ".join(text.split())
+
+
+def test_smooth_is_labelled_as_no_proof(folder: Path, capsys: Capture) -> None:
+    text = said(capsys, "smooth net --samples 8 --count 100 --radius 0.1,1/4 --sigma 0.2 --json out.json")
+    (found,) = json.loads((folder / "out.json").read_text())["results"]["networks"].values()
+    rates = SmoothedAccuracy.from_dict(found).certified
+    assert all(theme.rate(rate) in text for rate in rates)
+    assert "PROBABLE, not proved" in text
+
+
+def test_what_cannot_be_certified_can_be_attacked(folder: Path, capsys: Capture) -> None:
+    digits = load("digits")
+    model = build(architecture("mlp", digits.input_shape, 10, "kwta", hidden=(32,)), seed=0)
+    train(model, digits, TrainConfig(epochs=3, engine=Engine(device="cpu")), directory=folder / "kwta")
+    assert checkpoint.load(folder / "kwta").meta["architecture"]["activation"] == "kwta"
+    text = said(capsys, "attack kwta --radius 0.05 --samples 20 --attack adaptive --out found.npz")
+    assert "Adaptive" in text
+    assert main(["report", "kwta", "--samples", "5", "--radius", "0.05"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) <= 3
+
+
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-t", "fmn", "deepfool", "square", "r-fgsm"])
+def test_every_attack_runs_by_its_name(
+    name: str, folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("certify.attacks.square.BLOCK", 10)
+    text = said(capsys, f"attack net --radius 0.05 --samples 5 --attack {name}")
+    assert "after attack" in text
+    assert torch.is_grad_enabled()
