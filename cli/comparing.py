@@ -20,9 +20,13 @@ from cli.options import (
 )
 
 if TYPE_CHECKING:
+    from analysis.protocol import Protocol
     from analysis.records import Report
     from analysis.sandwich import Sandwich
+    from analysis.smoothing import SmoothedAccuracy
+    from certify.smoothing import Smoothing
     from cli.grids import Grid
+    from cli.subjects import Samples, Subject
 
 #: Images where none are asked for: Square alone asks 5,000 times for each that survives.
 IMAGES = 100
@@ -41,6 +45,9 @@ def compare(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw accuracy against radius: .svg, .png or .pdf.")
     ] = None,
+    sigma: Annotated[
+        float | None, typer.Option(metavar="S", help="With --norm l2: also smooth by such noise, probable, no proof.")
+    ] = None,
 ) -> None:
     """Empirical against certified robustness, per image.
 
@@ -52,32 +59,29 @@ def compare(
     from analysis import curves, figures
     from analysis.manifest import versions
     from analysis.records import NetworkReport, Report
-    from analysis.sandwich import sandwich, work
     from cli import output as out
     from cli.assessing import protocol_of
     from cli.exports import check_files, write_files
     from cli.render import drawn
-    from cli.subjects import inputs, samples, subjects
+    from cli.subjects import samples, subjects
 
     console = out.console(output.json)
     check_files(files)
     out.check_picture(plot)
-    protocol, asked = protocol_of(ball, data.seed, attack, bounding), subjects(networks)
+    protocol = protocol_of(ball, data.seed, attack, bounding)
+    smoothing = _smoothing(sigma, protocol.norm)
+    asked = subjects(networks)
     given = samples(data if data.samples is not None else replace(data, samples=IMAGES), asked)
     console.print(f"{given.text}\n", soft_wrap=True)
-    found = []
-    for network in asked:
-        with out.progress(network.name, work(len(given.x), protocol)) as tick:
-            x = inputs(network, given)
-            item = sandwich(network.name, network.model, x, given.y, protocol, index=given.index, tick=tick)
-        found.append(item)
-    options = out.arguments(networks, data, ball, bounding, attack)
+    found = [_laid(network, given, protocol) for network in asked]
+    smoothed = [_smoothed(network, given, protocol, smoothing) for network in asked] if smoothing else []
+    options = out.arguments(networks, data, ball, bounding, attack) | {"sigma": sigma}
     reports = tuple(
         NetworkReport(n.name, n.source, n.network, n.parameters, n.normalisation, item.last)
         for n, item in zip(asked, found, strict=True)
     )
     report = Report("compare", options, given.text, data.seed, versions(), reports)
-    for grid in grids_of(found, report):
+    for grid in grids_of(found, smoothed, report):
         console.print(drawn(grid))
         if grid.note:
             console.print(grid.note, style="dim", soft_wrap=True)
@@ -85,14 +89,47 @@ def compare(
         console.print(f"plot: {figures.save(curves.sandwich_curves(found), plot)}", soft_wrap=True)
     for path in write_files(report, files):
         console.print(f"written: {path}", markup=False, soft_wrap=True)
-    out.publish(output.json, "compare", options, {"samples": given.text, "networks": found})
+    results = {"samples": given.text, "networks": found, "smoothed": smoothed}
+    out.publish(output.json, "compare", options, results)
 
 
-def grids_of(found: Sequence[Sandwich], report: Report) -> Iterable[Grid]:
+def _smoothing(sigma: float | None, norm: str) -> Smoothing | None:
+    """The smoothing that is asked for; it certifies in l2 alone."""
+    from certify.errors import InvalidInput
+    from certify.smoothing import Smoothing
+
+    if sigma is not None and norm != "l2":
+        raise InvalidInput(f"--sigma with --norm {norm}", "l2: what smoothing certifies", "--norm l2")
+    return None if sigma is None else Smoothing(sigma=sigma)
+
+
+def _laid(network: Subject, given: Samples, protocol: Protocol) -> Sandwich:
+    """Proofs and attacks of one network, with a progress bar on stderr."""
+    from analysis.sandwich import sandwich, work
+    from cli.output import progress
+    from cli.subjects import inputs
+
+    x = inputs(network, given)
+    with progress(network.name, work(len(x), protocol)) as tick:
+        return sandwich(network.name, network.model, x, given.y, protocol, index=given.index, tick=tick)
+
+
+def _smoothed(network: Subject, given: Samples, protocol: Protocol, smoothing: Smoothing) -> SmoothedAccuracy:
+    """The smoothed version of one network, with a progress bar on stderr."""
+    from analysis.smoothing import smoothed_accuracy
+    from cli.output import progress
+    from cli.subjects import inputs
+
+    x, seeds = inputs(network, given), protocol.seeds(given.index)
+    with progress(f"{network.name}: smoothing", len(x)) as tick:
+        return smoothed_accuracy(network.model, x, given.y, smoothing, radii=protocol.radii, seeds=seeds, tick=tick)
+
+
+def grids_of(found: Sequence[Sandwich], smoothed: Sequence[SmoothedAccuracy], report: Report) -> Iterable[Grid]:
     """Yield all tables: accuracies, what is known, radii, pairs of networks, classes."""
     from cli import overview
 
-    yield accuracies(found)
+    yield accuracies(found, smoothed)
     yield overview.standings(report)
     yield radii(found)
     if len(found) > 1:
@@ -101,22 +138,26 @@ def grids_of(found: Sequence[Sandwich], report: Report) -> Iterable[Grid]:
         yield overview.classes(network)
 
 
-def accuracies(found: Sequence[Sandwich]) -> Grid:
-    """Four accuracies per network and radius, each at most the one before."""
+def accuracies(found: Sequence[Sandwich], smoothed: Sequence[SmoothedAccuracy]) -> Grid:
+    """Four accuracies per network and radius, each at most the one before; beside them that of the smoothed network."""
     from cli.grids import Grid
     from cli.theme import radius, rate
 
-    rows = [
-        (item.name, radius(row.radius), *map(rate, item.layers(place)))
-        for item in found
-        for place, row in enumerate(item.last.rows)
-    ]
-    methods = " or ".join(found[0].last.methods)
-    note = (
-        f"after PGD: {found[0].first.attack}. after all: that, APGD-CE, APGD-T, FMN and Square. certified: by {methods}"
-    )
-    heads = "network", "radius", "clean", "after PGD", "after all", "certified"
-    return Grid("Accuracy in percent (95 % interval)", heads, tuple(rows), note=note)
+    rows = []
+    for i, item in enumerate(found):
+        for place, row in enumerate(item.last.rows):
+            probable = [rate(smoothed[i].certified[place])] if smoothed else []
+            rows.append((item.name, radius(row.radius), *map(rate, item.layers(place)), *probable))
+    first, methods = found[0].first.attack, " or ".join(found[0].last.methods)
+    note = f"after PGD: {first}. after all: that, APGD-CE, APGD-T, FMN and Square. certified: by {methods}."
+    heads = ["network", "radius", "clean", "after PGD", "after all", "certified"]
+    if smoothed:
+        heads.append("PROBABLE\n(smoothed)")
+        note += (
+            f" PROBABLE: no proof, and not about the network but its smoothed version (sigma {smoothed[0].sigma:g}); each "
+            f"image's certificate is wrong with probability {smoothed[0].alpha:g} at most."
+        )
+    return Grid("Accuracy in percent (95 % interval)", tuple(heads), tuple(rows), note=note)
 
 
 def radii(found: Sequence[Sandwich]) -> Grid:

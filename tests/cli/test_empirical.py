@@ -77,6 +77,17 @@ def test_smooth_is_labelled_as_no_proof(folder: Path, capsys: Capture) -> None:
     assert "PROBABLE, not proved" in text
 
 
+@pytest.mark.usefixtures("quick")
+def test_smoothing_is_a_column_of_its_own_in_l2(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("certify.smoothing.Smoothing.count", 200, raising=False)
+    words = "compare net --samples 3 --radius 0.1 --methods crown --steps 3 --restarts 1 --sigma 0.2"
+    text = said(capsys, f"{words} --norm l2")
+    assert "PROBABLE" in text
+    assert "no proof" in " ".join(text.split())
+    assert main(words.split()) == 2
+    assert "--norm l2" in capsys.readouterr().err
+
+
 def test_what_cannot_be_certified_can_be_attacked(folder: Path, capsys: Capture) -> None:
     digits = load("digits")
     model = build(architecture("mlp", digits.input_shape, 10, "kwta", hidden=(32,)), seed=0)
