@@ -154,7 +154,7 @@ def accuracies(found: Sequence[Sandwich], smoothed: Sequence[SmoothedAccuracy]) 
     if smoothed:
         heads.append("PROBABLE\n(smoothed)")
         note += (
-            f" PROBABLE: no proof, and not about the network but its smoothed version (sigma {smoothed[0].sigma:g}); each "
+            f" PROBABLE: no proof, and about the smoothed network alone (sigma {smoothed[0].sigma:g}); each "
             f"image's certificate is wrong with probability {smoothed[0].alpha:g} at most."
         )
     return Grid("Accuracy in percent (95 % interval)", tuple(heads), tuple(rows), note=note)
