@@ -85,7 +85,7 @@ CONFIGS = {
         penalties=Penalties(lipschitz=1e-3, slope=1e-2, curvature=1e-3, gradalign=0.1),
     ),
     **{
-        name: TrainConfig(epochs=4, batch=100, recipe=kind(radius=0.05))
+        name: TrainConfig(epochs=4, batch=100, recipe=kind(**{"sigma" if name == "noise" else "radius": 0.05}))
         for name, kind in RECIPES.items()
         if kind not in (Standard,) and name != "crown-ibp"
     },
