@@ -79,7 +79,7 @@ def case_of(network: Subject, given: Samples, protocol: Protocol) -> Case:
 
 def show_all(console: Console, report: Report, layer: str | None = None) -> None:
     """Print a report as the command ``report`` does, with the neurons of the ``layer`` that is named."""
-    console.print(f"{report.samples}\n")
+    console.print(f"{report.samples}\n", soft_wrap=True)
     for warning in words.cautions(report):
         console.print(f"[{theme.WARN}]warning:[/] {escape(warning)}")
     if words.cautions(report):
