@@ -24,6 +24,7 @@ from models.training import (
     EpochRecord,
     Fast,
     Free,
+    NoiseTraining,
     Optimizer,
     Penalties,
     PGDTraining,
@@ -87,8 +88,9 @@ CONFIGS = {
     **{
         name: TrainConfig(epochs=4, batch=100, recipe=kind(radius=0.05))
         for name, kind in RECIPES.items()
-        if kind not in (Standard,) and name != "crown-ibp"
+        if kind not in (Standard, NoiseTraining) and name != "crown-ibp"
     },
+    "noise": TrainConfig(epochs=4, batch=100, recipe=NoiseTraining(sigma=0.25)),
 }
 
 
