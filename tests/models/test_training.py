@@ -303,7 +303,7 @@ def test_a_folder_that_cannot_be_written_is_told_in_three_lines(
     def read_only(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("tempfile.mkstemp", read_only)
+    monkeypatch.setattr(Path, "open", read_only)
     with pytest.raises(InvalidFile, match="permission denied"):
         train(network(), digits, TrainConfig(epochs=1), directory=tmp_path / "sealed")
 
