@@ -15,6 +15,7 @@ from cli.catalogue import ops
 from cli.complaints import complain
 from cli.demo import demo
 from cli.diagnosing import diagnose
+from cli.gating import gate
 from cli.learning import train
 from cli.merging import merge
 from cli.rates import lr_find
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_ASKING = (questions.report, merge, questions.bounds, questions.attack, questions.lipschitz, audit, smooth)
+_ASKING = (questions.report, merge, questions.bounds, questions.attack, questions.lipschitz, audit, smooth, gate)
 for _command in (demo, train, lr_find, sweep, diagnose, *_ASKING, ops):
     app.command(_command.__name__.replace("_", "-"))(bundled(at_home(_command)))
 
