@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from analysis.gates import GateResult
 from analysis.layer_records import LayerRow, Neuron, Neurons, Sensitivity
 from certify.errors import InvalidInput
-from cli.theme import DIM, NAME, count, number, percent, radius, shape, span
+from cli.theme import BAD, DIM, GOOD, NAME, count, number, percent, radius, rate, shape, share, span
+from cli.words import QUANTITY
 
 
 @dataclass(frozen=True)
@@ -101,3 +103,24 @@ NEURONS: dict[str, Callable[[Neuron], str]] = {
     "share of\nslack": lambda row: percent(row.share) if row.share > 0 else "",
     "weight in\nmargins": lambda row: number(row.weight),
 }
+
+
+def gates(results: Sequence[GateResult]) -> Grid:
+    """What was wanted and what was measured, a row per gate, network and radius."""
+    head = ("network", "radius", "quantity", "wanted", "measured", "images", "verdict")
+    rows = tuple(_gate(result) for result in results)
+    tones = tuple(GOOD if result.passed else BAD for result in results)
+    return Grid("Gates, in percent of all images (95 % interval)", head, rows, tones)
+
+
+def _gate(result: GateResult) -> tuple[str, ...]:
+    met = result.measured
+    return (
+        result.network,
+        "-" if result.radius is None else radius(result.radius),
+        QUANTITY[result.quantity],
+        f">= {share(result.wanted)}",
+        rate(met),
+        f"{met.count} of {met.total}",
+        "passed" if result.passed else "failed",
+    )

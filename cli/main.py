@@ -16,6 +16,7 @@ from cli.comparing import compare
 from cli.complaints import complain
 from cli.demo import demo
 from cli.diagnosing import diagnose
+from cli.gating import gate
 from cli.learning import train
 from cli.merging import merge
 from cli.rates import lr_find
@@ -31,8 +32,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_ASKING = (questions.report, merge, compare, questions.bounds, questions.attack, questions.lipschitz, audit, smooth)
-for _command in (demo, train, lr_find, sweep, diagnose, *_ASKING, ops):
+_ASKING = (questions.report, merge, compare, questions.bounds, questions.attack, questions.lipschitz)
+_JUDGING = (audit, smooth, gate)
+for _command in (demo, train, lr_find, sweep, diagnose, *_ASKING, *_JUDGING, ops):
     app.command(_command.__name__.replace("_", "-"))(bundled(at_home(_command)))
 
 

@@ -75,6 +75,20 @@ class AttackOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GateOptions:
+    """Which shares of the images a network must reach, and where CI reads the verdicts."""
+
+    min_certified: Annotated[
+        str | None, typer.Option(metavar="P", help="At least this share certified, by any method: 0.6 or 60%.")
+    ] = None
+    min_attacked: Annotated[str | None, typer.Option(metavar="P", help="At least this share right after attack.")] = (
+        None
+    )
+    min_clean: Annotated[str | None, typer.Option(metavar="P", help="At least this share right unchanged.")] = None
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the verdicts as JUnit XML.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class OutputOptions:
     """Where the numbers go beside the tables."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
 from typing import Any
 
@@ -71,11 +72,26 @@ def attack_of(name: str, **options: int | None) -> Attack:
     return kind(**given)
 
 
-def _radius(word: str) -> Fraction:
+def share(text: str, name: str) -> Fraction:
+    """Return the exact share in [0, 1] that "0.6", "3/5" or "60%" says."""
+    word = text.strip()
+    value = _exact(word.removesuffix("%"))
+    value = value / 100 if value is not None and word.endswith("%") else value
+    if value is None or not 0 <= value <= 1:
+        raise InvalidInput(f"--{name} {text!r}", "a share from 0 to 1", f"--{name} 0.6 or --{name} 60%")
+    return value
+
+
+def _exact(word: str) -> Fraction | None:
+    """The number or fraction that is written, None where there is none; 1e999999999 would take all memory."""
     try:
-        value = Fraction(word)
+        return None if re.search(r"e[+-]?[\d_]{4}", word, re.IGNORECASE) else Fraction(word)
     except (ValueError, ZeroDivisionError):
-        raise InvalidInput(f"radius {word!r}", "a number or fraction >= 0", "--radius 8/255 or --radius 0.1") from None
-    if value < 0 or value > 10**6:
-        raise InvalidInput(f"radius {word}", "a number or fraction >= 0", "--radius 8/255 or --radius 0.1")
+        return None
+
+
+def _radius(word: str) -> Fraction:
+    value = _exact(word)
+    if value is None or not 0 <= value <= 10**6:
+        raise InvalidInput(f"radius {word!r}", "a number or fraction >= 0", "--radius 8/255 or --radius 0.1")
     return value

@@ -83,9 +83,6 @@ def prepared(asked: Asked) -> tuple[Stage, Samples]:
         sample_seconds=math.inf if limit is None else limit,
     )
     plan, networks = plan_of(asked.layers, protocol), subjects(asked.networks)
-    names = [network.name for network in networks]
-    if len({*names}) < len(names):
-        raise InvalidInput(f"the networks {', '.join(names)}", "each of them once", "leave out what is there twice")
     given = samples(asked.data, networks)
     check_layer(networks, given, asked.layers.layer)
     cases = tuple(case_of(network, given, protocol) for network in networks)

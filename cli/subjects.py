@@ -56,7 +56,10 @@ class Samples:
 
 
 def subjects(options: NetworkOptions) -> list[Subject]:
-    """Return the networks that the options name; raises ``InvalidInput`` where they name none, or both kinds."""
+    """Return the networks that the options name.
+
+    Raises ``InvalidInput`` where they name none, both kinds, or one twice.
+    """
     own = options.model is not None
     if own == bool(options.checkpoints):
         raise InvalidInput(
@@ -71,6 +74,9 @@ def subjects(options: NetworkOptions) -> list[Subject]:
         raise InvalidInput(f"--{extra[0]} with a checkpoint", "a checkpoint alone: it knows its own", "use --model")
     paths = [Path(path) for path in options.checkpoints or ()]
     names = [_short(path) for path in paths]
+    if len({*paths}) < len(paths):
+        listed = ", ".join(map(str, paths))
+        raise InvalidInput(f"the networks {listed}", "each of them once", "leave out what is there twice")
     shape = None if options.input_shape is None else integers(options.input_shape, "input-shape", "1,28,28")
     return [
         _checkpoint(path, name if names.count(name) == 1 else str(path), shape)

@@ -79,6 +79,11 @@ def radius(value: Fraction) -> str:
     return text if rest == 1 and Fraction(text) == value else str(value)
 
 
+def share(value: Fraction) -> str:
+    """60, or 200/3: percent, exact."""
+    return radius(100 * value)
+
+
 def count(value: int) -> str:
     """166,406."""
     return f"{value:,}" if value else "-"

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from analysis.comparison import alike, compare
+from analysis.gates import GateResult
 from analysis.records import Evaluation, NetworkReport, PairedRow, RadiusRow, Rate, Report
-from cli.theme import percent, radius
+from cli.theme import percent, radius, rate, share
 
 #: Intervals wider than this say little.
 WIDE = 0.1
+
+#: What can be wanted of a network, in a word or two.
+QUANTITY = {"clean": "clean", "attacked": "after attack", "certified": "certified"}
 
 LEGEND = (
     "clean: right without any change. after attack: still right after the strongest change that the attack found.",
@@ -96,6 +100,27 @@ def closing(reports: Sequence[NetworkReport]) -> Iterable[str]:
             yield f"In {report.name}, {report.layers.sentences[0]}"
     for lines in contrasts(reports):
         yield " ".join(lines)
+
+
+def claim(result: GateResult) -> str:
+    """What a gate is about: certified at radius 8/255."""
+    at = "" if result.radius is None else f" at radius {radius(result.radius)}"
+    return f"{QUANTITY[result.quantity]}{at}"
+
+
+def measure(result: GateResult) -> str:
+    """What a gate wanted and what was measured."""
+    met = result.measured
+    return f"wanted at least {share(result.wanted)} %, measured {rate(met)} %: {met.count} of {met.total} images"
+
+
+def judgement(results: Sequence[GateResult]) -> str:
+    """Whether all gates are met, and which are not."""
+    failed = [result for result in results if not result.passed]
+    if not failed:
+        return "The gate is met." if len(results) == 1 else f"All {len(results)} gates are met."
+    named = "; ".join(f"{result.network} {claim(result)}" for result in failed)
+    return f"{len(failed)} of {len(results)} gates failed: {named}."
 
 
 def _between(row: RadiusRow) -> str:

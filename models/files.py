@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,24 @@ _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 def write(contents: Mapping[Path, bytes]) -> None:
     """Write all files, each whole or not at all: temporary files first, then one rename after the other.
 
+    A new file has the mode that the umask leaves, a file that was there keeps its own.
     Raises ``InvalidFile`` where they cannot be written (a full disk, a folder that is read-only); the files that were
     there stay.
     """
-    staged: list[tuple[str, Path]] = []
+    staged: list[tuple[Path, Path]] = []
     try:
         for path, data in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            staged.append((name, path))
-            with os.fdopen(handle, "wb") as file:
+            temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+            with temporary.open("xb") as file:  # fails where it exists, never follows a link
+                staged.append((temporary, path))
+                if path.exists():
+                    os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))  # before there is anything to read
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        for name, path in staged:
-            os.replace(name, path)
+        for temporary, path in staged:
+            temporary.replace(path)
     except OSError as error:
         reason = (error.strerror or type(error).__name__).lower()
         raise InvalidFile(
@@ -47,9 +50,8 @@ def write(contents: Mapping[Path, bytes]) -> None:
             "free some space or choose another folder; what was there before is whole",
         ) from None
     finally:
-        for name, _ in staged:
-            with suppress(FileNotFoundError):
-                os.unlink(name)
+        for temporary, _ in staged:
+            temporary.unlink(missing_ok=True)
 
 
 def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> bytes:

@@ -362,7 +362,21 @@ def test_the_whole_demo_keeps_its_promises(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "demo", "train", "lr-find", "sweep", "diagnose", "report", "merge", "bounds", "attack", "lipschitz", "ops"],
+    [
+        "",
+        "demo",
+        "train",
+        "lr-find",
+        "sweep",
+        "diagnose",
+        "report",
+        "merge",
+        "bounds",
+        "attack",
+        "lipschitz",
+        "gate",
+        "ops",
+    ],
 )
 def test_help_needs_no_torch(folder: Path, command: str) -> None:
     code = (

@@ -24,6 +24,7 @@ from models.training import (
     EpochRecord,
     Fast,
     Free,
+    NoiseTraining,
     Optimizer,
     Penalties,
     PGDTraining,
@@ -87,8 +88,9 @@ CONFIGS = {
     **{
         name: TrainConfig(epochs=4, batch=100, recipe=kind(**{"sigma" if name == "noise" else "radius": 0.05}))
         for name, kind in RECIPES.items()
-        if kind not in (Standard,) and name != "crown-ibp"
+        if kind not in (Standard, NoiseTraining) and name != "crown-ibp"
     },
+    "noise": TrainConfig(epochs=4, batch=100, recipe=NoiseTraining(sigma=0.25)),
 }
 
 
@@ -301,7 +303,7 @@ def test_a_folder_that_cannot_be_written_is_told_in_three_lines(
     def read_only(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("tempfile.mkstemp", read_only)
+    monkeypatch.setattr(Path, "open", read_only)
     with pytest.raises(InvalidFile, match="permission denied"):
         train(network(), digits, TrainConfig(epochs=1), directory=tmp_path / "sealed")
 
