@@ -167,8 +167,8 @@ class _Trial:
             return self.worst[samples], self.witness[samples]
 
         margin, witness = in_halves(search, standing, nothing, self._notice("the attack", radius))
-        self.worst[standing] = torch.minimum(self.worst[standing], margin)
-        self.witness[standing] = witness
+        worse = margin < self.worst[standing]
+        self.worst[standing[worse]], self.witness[standing[worse]] = margin[worse], witness[worse]
 
     def _bounded(self, before: Tensor) -> Tensor:
         """Of the samples that stood before the attack: those that still do, and the ones to audit."""

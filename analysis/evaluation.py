@@ -16,6 +16,7 @@ from certify import class_margins
 from certify.attacks.base import evaluating
 from certify.errors import InvalidInput
 from certify.graph import trace
+from certify.memory import is_shortage
 
 __all__ = ["AUDIT", "Protocol", "describe", "evaluate", "fit", "tally"]
 
@@ -74,6 +75,8 @@ def _output_shape(model: nn.Module, x: Tensor) -> tuple[int, ...]:
         with evaluating(model), torch.no_grad():
             return tuple(model(x).shape[1:])
     except (RuntimeError, ValueError) as error:
+        if is_shortage(error):
+            raise
         raise InvalidInput(
             f"the model fails on an input of shape {tuple(x.shape)}: {error}"[:300],
             "samples of the shape that the model takes",

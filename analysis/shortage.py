@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: What libraries below torch say, in errors of no type of their own.
-_WORDS = ("out of memory", "not enough memory", "allocate memory", "alloc_failed")
+from certify.memory import is_shortage
+
 #: Tensors with one entry per sample.
 Found = tuple[Tensor, ...]
 
@@ -37,10 +37,3 @@ def in_halves(
     middle = len(samples) // 2
     parts = (in_halves(work, half, give_up, notice) for half in (samples[:middle], samples[middle:]))
     return tuple(torch.cat(pair) for pair in zip(*parts, strict=True))
-
-
-def is_shortage(error: BaseException) -> bool:
-    """Return whether ``error`` says that memory ran out, on a GPU or a CPU."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)

@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from analysis.evaluation import fit
 from analysis.plain import Record
+from analysis.protocol import Protocol
 from analysis.records import Rate
 from certify.smoothing import ABSTAIN, Smoothing, certify_smoothed
 
@@ -48,18 +50,25 @@ def smoothed_accuracy(
     x: Float[Tensor, "n *shape"],
     y: Int[Tensor, "n"],
     smoothing: Smoothing,
+    protocol: Protocol,
     *,
-    radii: tuple[Fraction, ...],
-    seeds: Int[Tensor, "n"],
+    index: Int[Tensor, "n"],
     tick: Callable[[int], None] = lambda _: None,
 ) -> SmoothedAccuracy:
-    """Return the accuracies; ``seeds`` are one integer per sample, ``tick`` is told of every sample done."""
+    """Return the accuracies at the protocol's radii; ``index`` are the samples' places in their data set.
+
+    ``tick`` is told of every sample done. Raises what ``certify_smoothed`` raises, and ``InvalidInput`` for labels that
+    the network has no class for.
+    """
+    x, y, _ = fit(model, x, y)
+    radii, seeds = protocol.radii, protocol.seeds(index)
     samples: list[SmoothedSample] = []
     right = torch.zeros((len(radii), len(x)), dtype=torch.bool)
     for i in range(len(x)):
         found = certify_smoothed(model, x[i : i + 1], smoothing, generator=seeds[i : i + 1])
         predicted = int(found.predicted)
-        samples.append(SmoothedSample(i, int(y[i]), None if predicted == ABSTAIN else predicted, float(found.radius)))
+        known = None if predicted == ABSTAIN else predicted
+        samples.append(SmoothedSample(int(index[i]), int(y[i]), known, float(found.radius)))
         for place, radius in enumerate(radii):
             right[place, i] = bool(found.certified(y[i : i + 1], float(radius)))
         tick(1)

@@ -15,8 +15,8 @@ from analysis.sweep import Result
 class Mean(Record):
     """The mean over seeds with a 95 % interval that covers both its sources: the seeds, and the test images.
 
-    It is the hull of Student's t over the seeds and of the binomial interval of the mean on as many test images: all
-    seeds are judged on the same images, so that more seeds do not make the images more.
+    Its ends lie as far from the mean as the root of the squares of both: Student's t over the seeds, and the binomial
+    interval of the mean on as many test images (all seeds are judged on the same, more seeds make no more images).
     """
 
     value: float
@@ -34,7 +34,8 @@ class Mean(Record):
 
             spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
             half = float(t.ppf(0.975, len(values) - 1)) * spread / math.sqrt(len(values))
-            low, high = min(low, max(0.0, mean - half)), max(high, min(1.0, mean + half))
+            low, high = mean - math.hypot(mean - low, half), mean + math.hypot(high - mean, half)
+            low, high = max(0.0, low), min(1.0, high)
         return cls(mean, low, high)
 
 

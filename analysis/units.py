@@ -16,8 +16,8 @@ from analysis.layers import layer_sensitivity
 from analysis.lines import LayersLine, Line, NetworkLine, SampleLine, WarningLine, sealed
 from analysis.protocol import Protocol
 from analysis.records import Sensitivity
-from analysis.shortage import is_shortage
 from certify import class_margins
+from certify.memory import is_shortage
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
+from certify.errors import InvalidInput
+
 #: Where randomness comes from: a generator (None is torch's global one), or one integer seed per sample.
 Source = torch.Generator | Tensor | None
 
@@ -35,6 +37,11 @@ class Draws:
         taken._streams = seeds[index], used[index]
         return taken
 
+    def split(self, key: int) -> Draws:
+        """Return streams of their own for the same samples, other ones for every key."""
+        seeds, used = self._stand()
+        return Draws(_mixed(seeds + used * _GOLDEN + _mixed(torch.full_like(seeds, key + 1))), len(seeds), self._device)
+
     def uniform(self, *shape: int) -> Float64[Tensor, "batch *shape"]:
         """Return numbers in [0, 1), ``shape`` of them per sample."""
         count, (seeds, used) = torch.Size(shape).numel(), self._stand()
@@ -45,7 +52,7 @@ class Draws:
 
     def normal(self, *shape: int) -> Float64[Tensor, "batch *shape"]:
         """Return standard normal numbers, ``shape`` of them per sample."""
-        middle = self.uniform(*shape) + 2.0**-54  # never 0, where the inverse is infinite
+        middle = self.uniform(*shape).clamp(2.0**-54, 1 - 2.0**-53)  # neither end, where the inverse is infinite
         return torch.special.ndtri(middle)
 
     def integers(self, below: int) -> Int[Tensor, "batch"]:
@@ -63,6 +70,12 @@ class Draws:
             if not isinstance(source, Tensor):
                 where = "cpu" if source is None else source.device
                 source = torch.randint(2**62, (self._batch,), generator=source, device=where)
+            if source.is_floating_point() or source.ndim > 1 or source.numel() not in (1, self._batch):
+                raise InvalidInput(
+                    f"seeds {source.dtype} of shape {tuple(source.shape)}",
+                    f"one integer per sample: [{self._batch}]",
+                    "torch.arange(len(x)), or a torch.Generator",
+                )
             seeds = _mixed(_mixed(source.to(self._device, torch.long).expand(self._batch)) + _GOLDEN)
             self._streams = seeds, torch.zeros_like(seeds)
         return self._streams

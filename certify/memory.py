@@ -18,6 +18,9 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MI
 CACHE = 3 << 20  # bytes of one coefficient tensor on a CPU: with its temporaries it stays in the last-level cache
 LIVE = 10  # coefficient tensors, their temporaries and the library's scratch that are alive at once
 
+#: What libraries below torch say of memory that ran out, in errors of no type of their own.
+_SHORT = ("out of memory", "not enough memory", "allocate memory", "alloc_failed")
+
 _budget: ContextVar[int | None] = ContextVar("memory", default=None)
 
 
@@ -51,3 +54,10 @@ def _bytes(memory: str | int) -> int:
     if size < 1:
         raise InvalidInput(f"memory={memory!r}", "a positive number of bytes", 'certify.options(memory="2GB")')
     return size
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Return whether ``error`` says that memory ran out, on a GPU or a CPU."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SHORT)

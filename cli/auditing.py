@@ -36,6 +36,8 @@ def audit(
     """
     from dataclasses import replace
 
+    from rich.markup import escape
+
     from analysis.audit import audit as ask
     from cli import output as out
     from cli.assessing import protocol_of
@@ -49,10 +51,16 @@ def audit(
     for network in asked:
         with out.progress(f"{network.name}: audit", 1):
             result = ask(
-                network.model, inputs(network, given), given.y, protocol, radius=protocol.radii[0], surrogate=other
+                network.model,
+                inputs(network, given),
+                given.y,
+                protocol,
+                radius=protocol.radii[0],
+                index=given.index,
+                surrogate=other,
             )
         found[network.name] = result
-        console.print(f"[bold]{network.name}[/]: {network.network}, on {given.text}", soft_wrap=True)
+        console.print(f"[bold]{escape(network.name)}[/]: {network.network}, on {given.text}", soft_wrap=True)
         console.print(table_of(result))
         console.print(verdict(result), soft_wrap=True)
     options = out.arguments(networks, data, ball, surrogate=surrogate)

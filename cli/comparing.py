@@ -120,9 +120,9 @@ def _smoothed(network: Subject, given: Samples, protocol: Protocol, smoothing: S
     from cli.output import progress
     from cli.subjects import inputs
 
-    x, seeds = inputs(network, given), protocol.seeds(given.index)
+    x = inputs(network, given)
     with progress(f"{network.name}: smoothing", len(x)) as tick:
-        return smoothed_accuracy(network.model, x, given.y, smoothing, radii=protocol.radii, seeds=seeds, tick=tick)
+        return smoothed_accuracy(network.model, x, given.y, smoothing, protocol, index=given.index, tick=tick)
 
 
 def grids_of(found: Sequence[Sandwich], smoothed: Sequence[SmoothedAccuracy], report: Report) -> Iterable[Grid]:

@@ -41,6 +41,7 @@ def report(
     on disk: after an interruption the same command with --resume goes on, and --from shows the report again.
     """
     from analysis import journal
+    from certify.errors import InvalidInput
     from cli import output as out
     from cli.assessing import draw_pixels, show_all
     from cli.exports import check_files, write_files
@@ -49,6 +50,8 @@ def report(
     console = out.console(output.json)
     asked = Asked(networks=networks, data=data, ball=ball, bounding=bounding, attack=attack, layers=layers, run=run)
     check(asked)
+    if (run.shard or run.slurm) and (output.json or any(vars(files).values())):
+        raise InvalidInput("files of a report with a part of a run", "a whole run", "certify merge, then --from")
     check_files(files)
     out.check_picture(layers.pixels)
     if run.slurm is not None and run.out is not None:
@@ -81,6 +84,8 @@ def bounds(
     """
     from dataclasses import replace
 
+    from rich.markup import escape
+
     from analysis.outputs import output_bounds
     from cli import output as out
     from cli import render
@@ -95,7 +100,7 @@ def bounds(
     for network in asked:
         rows = output_bounds(network.model, inputs(network, given), given.y, protocol, index=given.index)
         found[network.name] = rows
-        console.print(f"[bold]{network.name}[/]: {network.network}; normalisation: {network.normalisation}")
+        console.print(f"[bold]{escape(network.name)}[/]: {network.network}; normalisation: {network.normalisation}")
         console.print(render.margins(rows))
         console.print(render.outputs(rows[-len(given.x)]))
     out.publish(output.json, "bounds", out.arguments(networks, data, ball, bounding), {"networks": found})
@@ -112,6 +117,8 @@ def attack(
     ] = None,
 ) -> None:
     """Attack networks and count what survives."""
+    from rich.markup import escape
+
     from cli import output as out
     from cli import render
     from cli.assessing import protocol_of
@@ -127,7 +134,7 @@ def attack(
     for network in asked:
         result = attacked(network, given, protocol)
         found[network.name] = result.evaluation
-        for line in (f"\n[bold]{network.name}[/]: {network.network}", *render.conditions(result.evaluation)):
+        for line in (f"\n[bold]{escape(network.name)}[/]: {network.network}", *render.conditions(result.evaluation)):
             console.print(line)
         console.print(render.accuracies(result.evaluation))
         if out_file is not None:
@@ -146,6 +153,8 @@ def lipschitz(
     Bounds of the Lipschitz constant over the whole space, from above (certified) and from below (met), for the
     network and for its layers alone.
     """
+    from rich.markup import escape
+
     from certify.errors import UnsupportedOperation
     from certify.lipschitz import lipschitz_constant
     from cli import output as out
@@ -171,7 +180,7 @@ def lipschitz(
         found[network.name] = [
             {**answer.estimate.to_dict(), "seconds": answer.seconds} for answer in answers if answer.estimate
         ]
-        console.print(f"[bold]{network.name}[/]: {network.network}; normalisation: {network.normalisation}")
+        console.print(f"[bold]{escape(network.name)}[/]: {network.network}; normalisation: {network.normalisation}")
         for part in render.lipschitz(answers, norm):
             console.print(part)
     out.publish(output.json, "lipschitz", out.arguments(networks, norm=norm, methods=methods), {"networks": found})

@@ -106,6 +106,8 @@ def check(asked: Asked) -> None:
         seconds = getattr(run, name)
         if seconds is not None and not 0 < seconds < math.inf:
             raise InvalidInput(f"--{name.replace('_', '-')} {seconds:g}", "seconds > 0", "--time-limit 3600")
+    if (run.shard or run.slurm) and any(getattr(asked.layers, name) is not None for name in _SHOWN):
+        raise InvalidInput("--layer or --pixels with a part of a run", "a whole run", "certify merge, then --from")
     if run.slurm is not None and run.shard is not None:
         raise InvalidInput("--slurm with --shard", "one of them", "--slurm N, which submits all N shards")
 

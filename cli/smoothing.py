@@ -28,27 +28,28 @@ def smooth(
     Certifies the SMOOTHED classifier, the likeliest class under Gaussian noise, with probability 1 - alpha per image:
     no proof, and not about the network itself. Train with --method noise.
     """
+    from rich.markup import escape
+
+    from analysis.protocol import Protocol
     from analysis.smoothing import smoothed_accuracy
-    from certify.draws import sample_seeds
     from certify.smoothing import Smoothing
     from cli import output as out
     from cli.parsing import radii
     from cli.subjects import inputs, samples, subjects
 
     console = out.console(output.json)
-    asked, wanted = subjects(networks), radii(radius)
+    asked, protocol = subjects(networks), Protocol(radii=radii(radius), p=2.0, methods=(), seed=data.seed)
     smoothing = Smoothing(sigma=sigma, alpha=alpha, count=count)
     given = samples(data, asked)
     console.print(f"{given.text}\n", soft_wrap=True)
     found = {}
     for network in asked:
         x = inputs(network, given)
-        seeds = sample_seeds(data.seed, given.index)
         with out.progress(network.name, len(x)) as tick:
             found[network.name] = smoothed_accuracy(
-                network.model, x, given.y, smoothing, radii=wanted, seeds=seeds, tick=tick
+                network.model, x, given.y, smoothing, protocol, index=given.index, tick=tick
             )
-        console.print(f"[bold]{network.name}[/]: {network.network}; normalisation: {network.normalisation}")
+        console.print(f"[bold]{escape(network.name)}[/]: {network.network}; normalisation: {network.normalisation}")
         console.print(table_of(found[network.name]))
     console.print(
         f"PROBABLE, not proved: each certificate is wrong with probability {alpha:g} at most, and speaks of the "

@@ -63,7 +63,7 @@ def sweep(
     console.print()
     console.print(table_of(plan, rows))
     console.print(
-        "Intervals are 95 %, the wider of: over seeds (Student), over test images (Clopper-Pearson).", style="dim"
+        "Intervals are 95 %: over seeds (Student) and over test images (Clopper-Pearson) together.", style="dim"
     )
     lines = [heads(plan), *(_cells(row, plan) for row in rows)]
     write({folder / "table.csv": _csv(plan, rows).encode(), folder / "table.md": _markdown(lines).encode()})

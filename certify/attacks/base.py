@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from certify.attacks.losses import Loss
 from certify.draws import Draws, Source
 from certify.errors import InvalidInput, InvalidModel
+from certify.memory import is_shortage
 from certify.results import AttackResult
 from certify.rounding import ieee
 from certify.sets import PerturbationSet
@@ -124,6 +125,8 @@ def _confirmed(objective: Objective, witness: Tensor, margin: Tensor, spec: Spec
     try:
         rows = twin.rows(witness[broken].double(), spec.take(broken))
     except RuntimeError as error:
+        if is_shortage(error):
+            raise
         raise InvalidModel(
             f"the model does not run in float64: {error}"[:200],
             "a model without dtypes of its own: what an attack finds is confirmed in float64",

@@ -42,13 +42,14 @@ class Ensemble(Attack):
         worst = Worst(domain)
         everyone = torch.arange(domain.batch, device=domain.center.device)
         worst.meet(domain.center, objective.rows(domain.center, spec).amin(1), everyone)
-        for attack in self.attacks:
+        for key, attack in enumerate(self.attacks):
             alive = worst.whole
             if len(alive) == 0:
                 break
             if isinstance(attack, FMN) and not isinstance(domain, LpBall):
                 continue
             part, claim = domain.take(alive), spec.take(alive)
-            found = part.project(attack.search(objective, part, claim, draws.take(alive)))
+            streams = draws.split(key) if key else draws  # the first one's are those that it has alone
+            found = part.project(attack.search(objective, part, claim, streams.take(alive)))
             worst.meet(found, objective.rows(found, claim).amin(1), alive)
         return worst.points

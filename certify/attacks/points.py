@@ -13,8 +13,8 @@ from certify.draws import Draws
 from certify.sets import PerturbationSet
 from certify.specs import Spec
 
-#: Restarts are folded into the batch up to this many points per forward pass.
-POINTS = 1024
+#: Restarts are folded into the batch up to this many points per forward pass, and this many numbers of inputs and rows.
+POINTS, NUMBERS = 1024, 2**24
 #: Broken samples leave the batch when they are more than this share of it: gathering the others has its price.
 LEAVE = 0.05
 
@@ -66,8 +66,9 @@ def climb_all(
     a sample is left alone once it is broken.
     """
     worst, alive = Worst(domain), torch.arange(domain.batch, device=domain.center.device)
+    most = min(POINTS, NUMBERS // (domain.center[0].numel() + spec.C[0].numel()))
     while len(alive) and goals.shape[1]:
-        n = max(1, POINTS // len(alive))
+        n = max(1, most // len(alive))
         now, goals, here = goals[:, :n], goals[:, n:], domain.take(alive)
         starts = here.center.expand(now.shape[1], *here.center.shape)
         if draws is not None:

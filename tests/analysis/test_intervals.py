@@ -35,6 +35,19 @@ def test_means_over_seeds_cover(p: float, seeds: int) -> None:
         assert np.mean(covered) >= 0.945
 
 
+@pytest.mark.parametrize(("p", "total", "seeds"), [(0.9, 1000, 10), (0.8, 450, 5), (0.6, 200, 10)])
+def test_means_cover_where_seeds_differ_and_share_their_images(p: float, total: int, seeds: int) -> None:
+    """Both sources at once, equally large: an error of the images that all seeds share, and one of each seed."""
+    draw, hits = np.random.default_rng(2), 0
+    spread = np.sqrt(p * (1 - p) / total) * np.sqrt(seeds)
+    for _ in range(800):
+        shared = draw.binomial(total, p) / total
+        rates = np.clip(shared + spread * draw.standard_normal(seeds), 0, 1)
+        mean = Mean.of([Rate(round(rate * total), total) for rate in rates])
+        hits += mean.low <= p <= mean.high
+    assert hits / 800 >= 0.945
+
+
 def test_means_over_unequal_networks_cover_the_mean_of_all() -> None:
     """Seeds whose true accuracies differ: normal around p with a spread of two points."""
     draw, total, p = np.random.default_rng(1), 500, 0.9

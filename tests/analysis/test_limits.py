@@ -16,9 +16,10 @@ import certify
 from analysis import chunk, units
 from analysis.chunk import Measured, Watch, measure
 from analysis.runs import Way, carry_out
-from analysis.shortage import in_halves, is_shortage
+from analysis.shortage import in_halves
 from certify import CROWN, AlphaCROWN
 from certify.errors import InvalidInput
+from certify.memory import is_shortage
 
 Bound = Callable[..., Tensor]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from analysis.protocol import Protocol
 from analysis.smoothing import SmoothedAccuracy, smoothed_accuracy
 from certify import Smoothing, certify_smoothed
 from certify.errors import InvalidInput, InvalidModel
@@ -83,7 +84,9 @@ def test_accuracies_count_abstentions_as_wrong() -> None:
     model, x, distance = _linear()
     y = model(x).argmax(1)
     radii = (Fraction(0), Fraction(1, 5), Fraction(1))
-    found = smoothed_accuracy(model, x, y, Smoothing(sigma=0.5, count=500), radii=radii, seeds=torch.arange(40))
+    asked = Protocol(radii=radii, methods=())
+    found = smoothed_accuracy(model, x, y, Smoothing(sigma=0.5, count=500), asked, index=torch.arange(40) + 3)
+    assert [sample.index for sample in found.samples] == list(range(3, 43))
     assert found.clean.count + found.abstained.count == 40
     for radius, rate in zip(radii, found.certified, strict=True):
         assert rate.count <= int((distance > float(radius)).sum())
@@ -119,7 +122,7 @@ def test_noise_training_makes_the_smoothed_digits_better() -> None:
         model = build(architecture("mlp", digits.input_shape, 10, "relu", hidden=(64,)), seed=0)
         config = TrainConfig.from_dict({"epochs": 12, "engine": {"device": "cpu"}, "recipe": recipe})
         trained = train(model, digits, config).model
-        smoothing = Smoothing(sigma=0.5, count=400)
-        found = smoothed_accuracy(trained, x, y, smoothing, radii=(Fraction(1, 4),), seeds=torch.arange(30))
+        smoothing, asked = Smoothing(sigma=0.5, count=400), Protocol(radii=(Fraction(1, 4),), methods=())
+        found = smoothed_accuracy(trained, x, y, smoothing, asked, index=torch.arange(30))
         rates.append(found.certified[0].count)
     assert rates[1] > rates[0]
