@@ -13,6 +13,8 @@ from certify.attacks.base import evaluating
 from certify.draws import Draws, Source
 from certify.errors import InvalidInput, InvalidModel
 
+#: Random numbers drawn at once, at most.
+NUMBERS = 2**23
 #: The prediction of a smoothed classifier that is not sure enough.
 ABSTAIN = -1
 
@@ -22,7 +24,7 @@ class Smoothing:
     """How a classifier is smoothed and asked: g(x) is its likeliest class under N(x, ``sigma``^2 I).
 
     ``select`` noisy copies choose the class, ``count`` others estimate its probability; each certificate is wrong with
-    probability ``alpha`` at most. ``batch`` copies are classified at once.
+    probability ``alpha`` at most. ``batch`` copies are classified at once, fewer where inputs are large.
     """
 
     sigma: float
@@ -94,8 +96,9 @@ def _certify_one(model: nn.Module, x: Tensor, smoothing: Smoothing, draws: Draws
 def _counts(model: nn.Module, x: Tensor, smoothing: Smoothing, draws: Draws, count: int) -> Int[Tensor, "classes"]:
     """How often each class wins among so many noisy copies."""
     total: Tensor | None = None
-    for start in range(0, count, smoothing.batch):
-        noise = draws.normal(min(smoothing.batch, count - start), *x.shape)[0]
+    batch = max(1, min(smoothing.batch, NUMBERS // x.numel()))
+    for start in range(0, count, batch):
+        noise = draws.normal(min(batch, count - start), *x.shape)[0]
         y = model(x + smoothing.sigma * noise.to(x.dtype))
         if y.ndim != 2 or y.shape[1] < 2:
             raise InvalidInput(f"outputs of shape {tuple(y.shape)}", "[batch, classes]", "a classifier with logits")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,8 @@ MINUTES = 24 * 60
 def submit(asked: Asked, out: Path, shards: int) -> list[str]:
     """Submit a job per shard and return their names; sbatch reads partition and account from SBATCH_PARTITION, ...
 
-    Every shard goes to a folder of its own in ``out`` and is resumed where the cluster requeues its job. Where there is
-    no SLURM, the jobs run here. Raises ``MissingDependency`` without submitit.
+    Every shard goes to a folder of its own in ``out`` and is resumed where the cluster requeues its job. Raises
+    ``MissingDependency`` without submitit, and without SLURM: so many jobs would start here at once.
     """
     try:
         import submitit
@@ -25,6 +26,10 @@ def submit(asked: Asked, out: Path, shards: int) -> list[str]:
         raise MissingDependency(
             "submitit is not installed", "the extra slurm", "pip install 'kafcert[slurm]'"
         ) from None
+    if shutil.which("sbatch") is None:
+        raise MissingDependency(
+            "no SLURM here: sbatch is not found", "a cluster's login node", "--jobs N on this machine"
+        )
     limit = asked.run.time_limit
     executor = submitit.AutoExecutor(folder=out / "slurm")
     executor.update_parameters(

@@ -63,7 +63,7 @@ def climb_all(
     """Return the worst points met from one start per goal: random ones, the centres without ``draws``.
 
     Starts come from the samples' own streams, so that no sample's fate depends on another's. With ``early_stop``
-    a sample is left alone once it is broken.
+    a sample is left alone once it is broken; how far it climbs on until then does depend on the batch.
     """
     worst, alive = Worst(domain), torch.arange(domain.batch, device=domain.center.device)
     most = min(POINTS, NUMBERS // (domain.center[0].numel() + spec.C[0].numel()))

@@ -29,8 +29,8 @@ class Square(Attack):
 
     Each proposal sets a square (a run of features, where inputs are no images) to one end of the set per channel, and
     stays where it lowers the smallest row. ``area`` is the first squares' share of the image; it shrinks on schedule.
-    Where the set is no box the proposal is scaled back into it.
-    Reference: Andriushchenko et al., "Square attack" (2020), algorithms 1 and 2.
+    Where the set is no box (l1, l2), the same proposals are projected into it, which is not the paper's l2 variant.
+    Reference: Andriushchenko et al., "Square attack" (2020), algorithms 1 and 2 (linf).
     """
 
     queries: int = 5000

@@ -18,7 +18,7 @@ from certify.specs import Spec
 class Transfer(Attack):
     """Return what ``attack`` finds on the ``surrogate``, a network with the same inputs and outputs.
 
-    The attacked network is asked only at the end, once per sample.
+    The attacked network is asked only when the points are judged; passes of the surrogate are not counted as queries.
     Reference: Papernot et al., "Practical black-box attacks against machine learning" (2017).
     """
 

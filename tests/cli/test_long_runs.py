@@ -249,6 +249,9 @@ def test_slurm_without_submitit_says_how_to_get_it(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit leaves its jobs running
 def test_submitted_shards_are_the_run(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     submitit = pytest.importorskip("submitit", reason="the extra slurm is not installed")
+    assert main(f"{SMALL} --out run --slurm 2".split()) == 2, "where there is no SLURM nothing starts"
+    assert "sbatch" in capsys.readouterr().err
+    monkeypatch.setattr("cli.slurm.shutil.which", lambda _: "sbatch")
     monkeypatch.setattr(submitit, "AutoExecutor", partial(submitit.AutoExecutor, cluster="local"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert "certify merge" in done(capsys, f"{SMALL} --out run --slurm 2")
