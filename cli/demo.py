@@ -25,7 +25,9 @@ LAYER_SAMPLES, QUICK_SAMPLES = 100, 40
 
 
 def demo(
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Checkpoints and report.json go here.")] = Path("demo"),
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Checkpoints, report.html and report.json go here.")
+    ] = Path("demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Few epochs and images: a check, not a result.")] = False,
 ) -> None:
     """Start here: two small networks, from training to the layer to blame.
@@ -40,6 +42,8 @@ def demo(
     from analysis.units import LayerPlan, Stage
     from cli import output, words
     from cli.assessing import case_of, legend, show, show_together
+    from cli.exports import write_files
+    from cli.options import FileOptions
     from cli.parsing import attack_of, radii
 
     torch.set_num_threads(1)  # layers of 64 neurons only lose to a second thread, ten-fold on a busy machine
@@ -59,7 +63,9 @@ def demo(
     for sentence in words.closing(report.networks):
         console.print(sentence, markup=False)
     output.publish_report(str(out / "report.json"), report)
-    console.print(f"\nAll numbers: {out / 'report.json'}; the networks: {out / 'relu'}, {out / 'kaf'}", soft_wrap=True)
+    (page,) = write_files(report, FileOptions(html=out / "report.html"))
+    places = f"all numbers: {out / 'report.json'}; the networks: {out / 'relu'}, {out / 'kaf'}"
+    console.print(f"\nThe report as a page: {page}; {places}", markup=False, soft_wrap=True)
 
 
 def _trained(console: Console, out: Path, quick: bool) -> tuple[Samples, list[Subject]]:

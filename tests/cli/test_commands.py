@@ -334,7 +334,9 @@ def test_the_demo_runs_and_its_report_can_be_read(folder: Path) -> None:
     reports = [NetworkReport.from_dict(data) for data in results["networks"]]
     assert [report.name for report in reports] == ["relu", "kaf"]
     assert all(len(report.evaluation.rows) == 3 for report in reports)
-    assert {path.name for path in (folder / "shown").iterdir()} == {"relu", "kaf", "report.json"}
+    assert {path.name for path in (folder / "shown").iterdir()} == {"relu", "kaf", "report.html", "report.json"}
+    assert "</html>" in (folder / "shown" / "report.html").read_text()
+    assert done.stdout.splitlines()[-1].startswith("The report as a page: shown/report.html; all numbers:")
 
 
 @pytest.mark.parametrize("name", ["models", "analysis"])
