@@ -48,7 +48,7 @@ class PGD(Attack):
     early_stop: bool = True
 
     def __post_init__(self) -> None:
-        self.losses  # noqa: B018  # names that nobody knows are refused
+        _losses(self.loss)
         if self.steps < 1 or self.restarts < 1:
             raise InvalidInput(f"steps={self.steps}, restarts={self.restarts}", "at least 1 of each", "PGD()")
         if self.step is not None and not (self.step > 0 and math.isfinite(self.step)):
@@ -59,12 +59,6 @@ class PGD(Attack):
             raise InvalidInput(
                 f"restarts={self.restarts} without random_start", "restarts that differ", "random_start=True"
             )
-
-    @property
-    def losses(self) -> tuple[Loss, Loss]:
-        """The losses of the first and of the second half of the steps."""
-        first, _, second = self.loss.partition("-")
-        return tuple(lookup("loss", LOSSES, name) for name in (first, second or first))  # type: ignore[return-value]
 
     def lengths(self) -> list[tuple[float | None, float]]:
         """Return the steps' lengths: one in the units of x (None for the radius), and a share of it."""
@@ -94,10 +88,17 @@ class PGD(Attack):
         return torch.tensor([self.target], device=device)
 
 
+def _losses(name: str) -> tuple[Loss, Loss]:
+    """The losses of the first and of the second half of the steps; raises ``InvalidInput`` for unknown names."""
+    first, _, second = name.partition("-")
+    return lookup("loss", LOSSES, first), lookup("loss", LOSSES, second or first)
+
+
 def _climb(options: PGD, objective: Objective, points: Points, worst: Worst) -> None:
     """Let all points climb, and ``worst`` meet every place they come by."""
+    losses = _losses(options.loss)
     for k, (length, share) in enumerate(options.lengths()):
-        loss = options.losses[2 * k >= options.steps]
+        loss = losses[2 * k >= options.steps]
         rows, gradient = objective.gradient(points.x, points.spec, loss, points.goal)
         worst.meet(points.x, rows.amin(1), points.owner)
         points.state["along"] = _gathered(points.state.get("along"), gradient, options.momentum)
