@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from certify.attacks.base import Attack, Objective
 from certify.attacks.pgd import PGD
+from certify.attacks.shapes import beside
 from certify.attacks.worst import Worst
 from certify.draws import Draws
 from certify.errors import InvalidInput
@@ -142,7 +143,7 @@ def sloped(model: nn.Module, slope: Slope) -> Iterator[int]:
 def _secant(temperature: float, module: nn.Module, z: Tensor, output: Tensor) -> Tensor:
     """The output with the slope of the chord over z +- temperature standard deviations of the sample's inputs."""
     with torch.no_grad():
-        spread = z.flatten(1).std(1, correction=0).view(-1, *[1] * (z.ndim - 1))
+        spread = beside(z.flatten(1).std(1, correction=0), z)
         reach = temperature * spread + torch.finfo(z.dtype).eps
         slope = (module.forward(z + reach) - module.forward(z - reach)) / (2 * reach)
     return output.detach() + slope * (z - z.detach())

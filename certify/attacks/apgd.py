@@ -12,6 +12,7 @@ from torch import Tensor
 from certify.attacks.base import Attack, Objective
 from certify.attacks.losses import LOSSES, Loss
 from certify.attacks.points import Points, climb_all
+from certify.attacks.shapes import beside
 from certify.attacks.worst import Worst
 from certify.draws import Draws
 from certify.errors import InvalidInput
@@ -118,7 +119,7 @@ def _climb(objective: Objective, points: Points, worst: Worst, loss: Loss, steps
 def _advance(points: Points, forward: float) -> None:
     """One step with momentum; both the plain step and the mixed one are pulled back into the set."""
     state, x = points.state, points.x
-    stride = points.domain.stride(state["gradient"], None) * _wide(state["eta"], x).to(x.dtype)
+    stride = points.domain.stride(state["gradient"], None) * beside(state["eta"], x).to(x.dtype)
     ahead = points.domain.project(x + stride)
     points.x = points.domain.project(x + forward * (ahead - x) + (1 - forward) * (x - state["before"]))
     state["before"] = x
@@ -129,7 +130,7 @@ def _note(state: dict[str, Tensor], x: Tensor, gradient: Tensor, value: Tensor) 
     state["rises"] = state["rises"] + (value > state["value"])
     state["gradient"], state["value"] = gradient, value
     better = value > state["best_value"]
-    wide = _wide(better, x)
+    wide = beside(better, x)
     state["best"] = torch.where(wide, x, state["best"])
     state["best_gradient"] = torch.where(wide, gradient, state["best_gradient"])
     state["best_value"] = torch.where(better, value, state["best_value"])
@@ -143,7 +144,7 @@ def _halve(points: Points, stretch: int) -> None:
     state["halved"], state["checked"] = halve, state["best_value"]
     state["eta"] = torch.where(halve, state["eta"] / 2, state["eta"])
     state["rises"] = torch.zeros_like(state["rises"])
-    wide = _wide(halve, points.x)
+    wide = beside(halve, points.x)
     points.x = torch.where(wide, state["best"], points.x)
     state["gradient"] = torch.where(wide, state["best_gradient"], state["gradient"])
     state["value"] = torch.where(halve, state["best_value"], state["value"])
@@ -156,11 +157,6 @@ def _checkpoints(steps: int) -> Iterator[tuple[int, int]]:
         at += stretch
         yield at, stretch
         stretch = max(stretch - max(1, int(0.03 * steps)), max(1, int(0.06 * steps)))
-
-
-def _wide(value: Tensor, x: Tensor) -> Tensor:
-    """A value per point in a shape that broadcasts against x."""
-    return value.view(-1, *[1] * (x.ndim - 1))
 
 
 def _check(steps: int, restarts: int) -> None:

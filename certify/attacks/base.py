@@ -13,6 +13,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
 from certify.attacks.losses import Loss
+from certify.attacks.shapes import beside
 from certify.draws import Draws, Source
 from certify.errors import InvalidInput, InvalidModel
 from certify.memory import is_shortage
@@ -111,7 +112,7 @@ class Attack(ABC):
                 center_rows, rows = objective.rows(center, spec), objective.rows(candidate, spec)
                 worse = rows.amin(1) < center_rows.amin(1)
                 margin = torch.where(worse[:, None], rows, center_rows)
-                witness = torch.where(_like(worse, candidate), candidate, center)
+                witness = torch.where(beside(worse, candidate), candidate, center)
                 margin = _confirmed(objective, witness, margin, spec)
         return AttackResult(witness, margin, margin.amin(1) < 0, objective.queries)
 
@@ -162,13 +163,8 @@ def _inside(found: Tensor, domain: PerturbationSet, name: str) -> Tensor:
     inside = domain.contains(found)
     if bool(inside.all()):
         return found
-    points = torch.where(_like(inside, found), found, domain.project(found))
-    return torch.where(_like(domain.contains(points), points), points, domain.center)
-
-
-def _like(mask: Tensor, x: Tensor) -> Tensor:
-    """A per-sample mask in a shape that broadcasts against x."""
-    return mask.view(-1, *[1] * (x.ndim - 1))
+    points = torch.where(beside(inside, found), found, domain.project(found))
+    return torch.where(beside(domain.contains(points), points), points, domain.center)
 
 
 def _check_fit(model: nn.Module, domain: PerturbationSet, spec: Spec) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from certify.attacks.base import Attack, Objective
 from certify.attacks.losses import LOSSES
 from certify.attacks.nearest import Nearest, ball_of
+from certify.attacks.shapes import beside
 from certify.draws import Draws
 from certify.errors import InvalidInput
 from certify.registry import register_attack
@@ -72,7 +73,7 @@ class CarliniWagner(Attack):
             rows, climb = objective.gradient(x, spec, LOSSES["margin"])
             value = rows.amin(1)
             broke |= nearest.meet(x, rows, ball.distance(x))
-            pull = torch.where(value > -CONFIDENCE, weight, 0).view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+            pull = beside(torch.where(value > -CONFIDENCE, weight, 0), x).to(x.dtype)
             gradient = 2 * (x - ball.center) - pull * climb
             mean = BETA1 * mean + (1 - BETA1) * gradient
             square = BETA2 * square + (1 - BETA2) * gradient.square()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from certify.attacks.base import Attack, Objective
 from certify.attacks.nearest import Nearest, ball_of, dual_norm, linear_rows
+from certify.attacks.shapes import beside
 from certify.draws import Draws
 from certify.errors import InvalidInput
 from certify.registry import register_attack
@@ -62,4 +63,4 @@ def _shortest(ball: LpBall, values: Tensor, gradients: Tensor) -> Float[Tensor, 
     duals = dual_norm(ball.take(owner.repeat_interleave(k)), gradients.flatten(0, 1)).view(n, k)
     length, row = (values.clamp(min=1e-9) / duals).min(1)
     chosen = gradients[owner, row]
-    return ball.stride(chosen, 1.0) * length.view(-1, *[1] * (chosen.ndim - 1)).to(chosen.dtype)
+    return ball.stride(chosen, 1.0) * beside(length, chosen).to(chosen.dtype)

@@ -13,6 +13,7 @@ from certify.attacks.base import Attack, Objective
 from certify.attacks.losses import LOSSES
 from certify.attacks.nearest import Nearest, ball_of, dual_norm, linear_rows
 from certify.attacks.pgd import PGD
+from certify.attacks.shapes import beside
 from certify.draws import Draws
 from certify.errors import InvalidInput
 from certify.registry import register_attack
@@ -97,5 +98,5 @@ def _boundary(objective: Objective, ball: LpBall, spec: Spec, far: Tensor) -> Fl
 
 
 def _between(ball: LpBall, far: Tensor, share: Tensor) -> Tensor:
-    step = (far - ball.center) * share.view(-1, *[1] * (far.ndim - 1)).to(far.dtype)
+    step = (far - ball.center) * beside(share, far).to(far.dtype)
     return ball.project(ball.center + step)

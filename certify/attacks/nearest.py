@@ -8,6 +8,7 @@ from torch import Tensor
 
 from certify.attacks.base import Objective
 from certify.attacks.losses import LOSSES
+from certify.attacks.shapes import beside
 from certify.errors import InvalidInput
 from certify.sets import LpBall, PerturbationSet
 from certify.specs import Spec
@@ -38,13 +39,13 @@ class Nearest:
         """
         broken = rows.amin(1) < -CLEAR * torch.finfo(x.dtype).eps * rows.abs().amax(1)
         better = broken & (distance < self.distance)
-        self._points = torch.where(better.view(-1, *[1] * (x.ndim - 1)), x, self._points)
+        self._points = torch.where(beside(better, x), x, self._points)
         self.distance = torch.where(better, distance, self.distance)
         return broken
 
     def points_or(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
         """Return the nearest broken points, and ``x`` where there are none."""
-        found = (self.distance < torch.inf).view(-1, *[1] * (x.ndim - 1))
+        found = beside(self.distance < torch.inf, x)
         return torch.where(found, self._points, x)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from certify.attacks.base import Attack, Objective
 from certify.attacks.losses import LOSSES, Loss
 from certify.attacks.points import Points, climb_all
+from certify.attacks.shapes import beside
 from certify.attacks.worst import Worst
 from certify.draws import Draws
 from certify.errors import InvalidInput
@@ -113,6 +114,6 @@ def _gathered(velocity: Tensor | None, gradient: Tensor, decay: float) -> Tensor
     """The running sum of gradients, each first brought to l1 norm 1: sizes differ by orders along a path."""
     if decay == 0:
         return gradient
-    size = gradient.flatten(1).abs().sum(1).view(-1, *[1] * (gradient.ndim - 1))
+    size = beside(gradient.flatten(1).abs().sum(1), gradient)
     unit = gradient / torch.where(size > 0, size, 1)
     return unit if velocity is None else decay * velocity + unit

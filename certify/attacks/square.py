@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from certify.attacks.base import Attack, Objective
+from certify.attacks.shapes import beside
 from certify.draws import Draws
 from certify.errors import InvalidInput
 from certify.registry import register_attack
@@ -72,7 +73,7 @@ class _Search:
         """Move to the proposals that lower the smallest row."""
         value = objective.rows(proposal, self.spec).amin(1)
         better = (value < self.value) | always
-        self.x = torch.where(better.view(-1, *[1] * (self.x.ndim - 1)), proposal, self.x)
+        self.x = torch.where(beside(better, self.x), proposal, self.x)
         self.value = torch.where(better, value, self.value)
 
     def keep_whole(self, found: Tensor, *, last: bool = False) -> bool:

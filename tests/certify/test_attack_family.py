@@ -173,7 +173,7 @@ def test_an_ensemble_leaves_broken_samples_alone_and_is_at_least_as_strong_as_it
 
 def test_a_samples_fate_does_not_depend_on_its_neighbours() -> None:
     """In float64, where batches of other sizes round alike but for the last bits."""
-    model, x, spec = _affine()
+    model, x, _ = _affine()
     net = nn.Sequential(model, nn.Tanh(), nn.Linear(4, 4).double()).eval()
     claim = class_margins(net(x).argmax(1), 4, torch.float64)
     seeds, few = torch.arange(len(x)) + 5, torch.tensor([7, 3])
@@ -181,7 +181,6 @@ def test_a_samples_fate_does_not_depend_on_its_neighbours() -> None:
         whole = attack(net, LpBall(x, 0.1), claim, generator=seeds)
         part = attack(net, LpBall(x[few], 0.1), claim.take(few), generator=seeds[few])
         torch.testing.assert_close(part.margin, whole.margin[few], rtol=1e-7, atol=1e-9)
-    del spec
 
 
 def test_what_another_network_falls_to_is_tried_on_this_one() -> None:
