@@ -2,6 +2,7 @@
 
 python tests/benchmarks/attacks.py pgd        five networks, 40 steps, at most 200 images
 python tests/benchmarks/attacks.py ensemble   two networks, 200 images, 3 seeds
+python tests/benchmarks/attacks.py schedule   PGD's losses, with steps of one length and with shrinking ones
 
 The peers come from an environment of their own: PEERS=FOLDER names the folder of its packages (pip install --no-deps
 --target FOLDER torchattacks==3.5.1 pyautoattack==0.2.0 requests). CPU seconds, one thread.
@@ -67,6 +68,26 @@ def pgd() -> None:
         print(line, flush=True)
 
 
+def schedule() -> None:
+    """Survivors of PGD by loss, constant steps and shrinking ones, two seeds."""
+    import torch
+
+    import certify
+
+    for name, radius in NETS.items():
+        net, x, y, _ = load_case(name)
+        x, y = x[:IMAGES], y[:IMAGES]
+        ball, spec = certify.LpBall(x, radius, clip=(0.0, 1.0)), certify.class_margins(y, 10)
+        for words, step in (("constant", 2.5 * radius / STEPS), ("shrinking", None)):
+            counts = []
+            for loss in ("ce", "margin", "dlr", "ce-margin"):
+                attack = certify.attacks.PGD(steps=STEPS, step=step, loss=loss)
+                draws = (torch.Generator().manual_seed(seed) for seed in SEEDS[:2])
+                found = "/".join(str(int((~attack(net, ball, spec, generator=g).success).sum())) for g in draws)
+                counts.append(f"{loss} {found}")
+            print(f"{name}, {words} steps: {', '.join(counts)}", flush=True)
+
+
 def ensemble() -> None:
     """Survivors of AutoAttack's standard version and of ours; images that only one of them breaks."""
     import pyautoattack
@@ -105,7 +126,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(hardware(), flush=True)
     for name in sys.argv[1:] or ["pgd", "ensemble"]:
-        {"pgd": pgd, "ensemble": ensemble}[name]()
+        {"pgd": pgd, "ensemble": ensemble, "schedule": schedule}[name]()
 
 
 if __name__ == "__main__":
