@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from certify.attacks.annealing import annealed
 from certify.attacks.base import Attack, Objective
 from certify.attacks.losses import LOSSES
 from certify.attacks.nearest import Nearest, ball_of, dual_norm, linear_rows
@@ -76,7 +77,7 @@ class FMN(Attack):
             distance, value = ball.distance(x), rows.gather(1, goal[:, None])[:, 0]
             broken = nearest.meet(x, rows, distance)
             closest = torch.where(broken, torch.minimum(closest, distance), closest)
-            share = (1 + math.cos(math.pi * k / self.steps)) / 2
+            share = annealed(k, self.steps)
             change = LAST + (FIRST - LAST) * share
             guess = distance + OVERSHOOT * value.clamp(min=0) / dual_norm(ball, gradient)
             grown = torch.where(closest < math.inf, radius * (1 + change), guess)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from certify.attacks.annealing import annealed
 from certify.attacks.base import Attack, Objective
 from certify.attacks.losses import LOSSES, Loss
 from certify.attacks.points import Points, climb_all
@@ -65,7 +66,7 @@ class PGD(Attack):
         """Return the steps' lengths: one in the units of x (None for the radius), and a share of it."""
         if self.step is not None:
             return [(self.step, 1.0)] * self.steps
-        return [(None, (1 + math.cos(math.pi * k / self.steps)) / 2) for k in range(self.steps)]
+        return [(None, annealed(k, self.steps)) for k in range(self.steps)]
 
     def search(
         self, objective: Objective, domain: PerturbationSet, spec: Spec, draws: Draws

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
+from certify.attacks.annealing import annealed
 from models.training.config import Schedule
 
 
@@ -22,12 +21,9 @@ def one_cycle(step: int, steps: int, rise: float = 0.3) -> float:
 
 
 def cosine(step: int, steps: int, rise: float = 0.0) -> float:
-    """Return half a cosine from 1 to 0, after a line up over ``rise`` of the steps.
-
-    Reference: Loshchilov, Hutter, "SGDR" (2017), equation 5, without restarts.
-    """
+    """Return half a cosine from 1 to 0 (``annealed``), after a line up over ``rise`` of the steps."""
     peak = round(rise * steps)
-    return (step + 1) / peak if step < peak else (1 + math.cos(math.pi * (step - peak) / (steps - peak))) / 2
+    return (step + 1) / peak if step < peak else annealed(step - peak, steps - peak)
 
 
 def constant(step: int, steps: int, rise: float = 0.0) -> float:
