@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from certify.errors import InvalidInput
-from models.training.adversary import attacked, climb, input_gradient, pull_back, stride
+from models.training.adversary import attacked, climb, input_gradient, pull_back, shrinking, stride
 from models.training.fields import between, known
 from models.training.recipe import CLIP, Batch, Outcome, Recipe, Threat, register_recipe
 
@@ -71,7 +72,7 @@ class Fast(Adversarial):
 
     def attack(self, batch: Batch) -> Float[Tensor, "batch *shape"]:
         start = pull_back(batch.x + self.radius * batch.uniform(), batch.x, self.threat)
-        return climb(batch.model, batch.x, start, self.threat, batch.loss, steps=1, step=self.step * self.radius)
+        return climb(batch.model, batch.x, start, self.threat, batch.loss, lengths=[self.step * self.radius])
 
 
 @register_recipe("n-fgsm")
@@ -96,12 +97,11 @@ class NoisyFGSM(Adversarial):
         return (start + stride(gradient, self.threat, self.step * self.radius)).clamp(*CLIP)
 
 
-@register_recipe("pgd")
 @dataclass(frozen=True, kw_only=True)
-class PGDTraining(Adversarial):
-    """``steps`` ascents of length ``step`` (2.5 radius / steps where open) from a random point of the ball.
+class Climbing(Adversarial):
+    """Training on points that several gradient steps reach.
 
-    Reference: Madry et al., "Towards deep learning models resistant to adversarial attacks" (2018).
+    There are ``steps`` of length ``step`` in the units of the images; where open, ``shrinking`` ones.
     """
 
     statistics: str = "running"
@@ -109,14 +109,28 @@ class PGDTraining(Adversarial):
     step: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         between("steps", self.steps, 1, 10_000)
-        Threat(self.radius, self.norm)
-        known("statistics", self.statistics, ("batch", "running"))
+        if self.step is not None:
+            between("step", self.step, 0, math.inf)
+
+    @property
+    def lengths(self) -> list[float]:
+        """The steps' lengths."""
+        return shrinking(self.threat, self.steps) if self.step is None else [self.step] * self.steps
+
+
+@register_recipe("pgd")
+@dataclass(frozen=True, kw_only=True)
+class PGDTraining(Climbing):
+    """PGD on the cross-entropy, from a random point of the ball.
+
+    Reference: Madry et al., "Towards deep learning models resistant to adversarial attacks" (2018).
+    """
 
     def attack(self, batch: Batch) -> Float[Tensor, "batch *shape"]:
         start = pull_back(batch.x + self.radius * batch.uniform(), batch.x, self.threat)
-        step = 2.5 * self.radius / self.steps if self.step is None else self.step
-        return climb(batch.model, batch.x, start, self.threat, batch.loss, steps=self.steps, step=step)
+        return climb(batch.model, batch.x, start, self.threat, batch.loss, lengths=self.lengths)
 
 
 @register_recipe("free")
@@ -151,31 +165,24 @@ class Free(Adversarial):
 
 @register_recipe("trades")
 @dataclass(frozen=True, kw_only=True)
-class Trades(Adversarial):
+class Trades(Climbing):
     """Cross-entropy on the images + beta KL(p(x) || p(x')), x' where PGD made that divergence largest.
 
     Reference: Zhang et al., "Theoretically principled trade-off between robustness and accuracy" (2019), equation 5.
     """
 
-    statistics: str = "running"
     beta: float = 6.0
     steps: int = 10
-    step: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         between("beta", self.beta, 0, 1e6)
-        between("steps", self.steps, 1, 10_000)
-        Threat(self.radius, self.norm)
-        known("statistics", self.statistics, ("batch", "running"))
 
     def attack(self, batch: Batch) -> Float[Tensor, "batch *shape"]:
         with torch.no_grad():
             clean = batch.model(batch.x).log_softmax(1)
         start = (batch.x + 1e-3 * batch.uniform()).clamp(*CLIP)
-        step = 2.5 * self.radius / self.steps if self.step is None else self.step
-        return climb(
-            batch.model, batch.x, start, self.threat, lambda y: _divergence(clean, y), steps=self.steps, step=step
-        )
+        return climb(batch.model, batch.x, start, self.threat, lambda y: _divergence(clean, y), lengths=self.lengths)
 
     def __call__(self, batch: Batch) -> Outcome:
         with attacked(batch.model, self.statistics):

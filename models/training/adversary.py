@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from certify.attacks.annealing import annealed
 from certify.attacks.base import evaluating
 from models.training.recipe import CLIP, Threat
 
@@ -24,17 +25,25 @@ def climb(
     threat: Threat,
     loss: Loss,
     *,
-    steps: int,
-    step: float,
+    lengths: Sequence[float],
 ) -> Float[Tensor, "batch *shape"]:
-    """Return where ``steps`` ascents of length ``step`` from ``start`` lead, each pulled back to ball and data range.
+    """Return where ascents of those ``lengths`` from ``start`` lead, each pulled back to ball and data range.
 
     Parameters keep their gradients. Reference: Madry et al. (2018), section 2.1.
     """
     point = start
-    for _ in range(steps):
-        point = pull_back(point.detach() + stride(input_gradient(model, point, loss), threat, step), x, threat)
+    for length in lengths:
+        point = pull_back(point.detach() + stride(input_gradient(model, point, loss), threat, length), x, threat)
     return point.detach()
+
+
+def shrinking(threat: Threat, steps: int) -> list[float]:
+    """Return the lengths of the PGD attack: one radius at first and then ever less, along a cosine.
+
+    Networks can overfit to steps of one length: a small MNIST CNN of KAFs (tests/benchmarks/mnist.py fast-kaf) kept
+    87 % of 500 validation images under the attack after training on 7 steps of 2.5 / 7 radii, 92 % on 7 of these.
+    """
+    return [threat.radius * annealed(k, steps) for k in range(steps)]
 
 
 def input_gradient(model: nn.Module, point: Float[Tensor, "batch *shape"], loss: Loss) -> Float[Tensor, "batch *shape"]:

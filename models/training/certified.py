@@ -17,7 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from certify.sets import LpBall
 from certify.specs import class_margins
 from certify.training import training_margins
-from models.training.adversary import attacked, climb, pull_back
+from models.training.adversary import attacked, climb, pull_back, shrinking
 from models.training.fields import between
 from models.training.recipe import Batch, Outcome, Recipe, Threat, register_recipe
 
@@ -200,5 +200,4 @@ def _attacked(batch: Batch, threat: Threat, steps: int) -> Tensor:
     """Where PGD leads within a smaller ball, with running statistics."""
     with attacked(batch.model, "running"):
         start = pull_back(batch.x + threat.radius * batch.uniform(), batch.x, threat)
-        step = 2.5 * threat.radius / steps
-        return climb(batch.model, batch.x, start, threat, batch.loss, steps=steps, step=step)
+        return climb(batch.model, batch.x, start, threat, batch.loss, lengths=shrinking(threat, steps))

@@ -113,11 +113,20 @@ def test_attacks_leave_running_statistics_and_modes_alone(statistics: str, digit
     modes = [module.training for module in model.modules()]
     with attacked(model, statistics):
         start = batch.x + 0.01
-        climb(model, batch.x, start, Threat(0.1), batch.loss, steps=2, step=0.1)
+        climb(model, batch.x, start, Threat(0.1), batch.loss, lengths=[0.1, 0.1])
         assert model[2].training == (statistics == "batch")
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
     assert [module.training for module in model.modules()] == modes
     assert model[2].track_running_stats
+
+
+def test_open_steps_are_those_of_the_attack_and_given_ones_stay() -> None:
+    shares = [share for _, share in certify.attacks.PGD(steps=7).lengths()]
+    for kind in (PGDTraining, Trades):
+        assert kind(radius=0.3, steps=7).lengths == pytest.approx([0.3 * share for share in shares])
+        assert kind(radius=0.3, steps=3, step=0.1).lengths == [0.1] * 3
+        with pytest.raises(InvalidInput, match="step = -1"):
+            kind(radius=0.3, step=-1.0)
 
 
 def test_trades_without_beta_is_standard_training(digits: Dataset) -> None:
@@ -155,7 +164,7 @@ def test_the_worst_loss_is_above_that_of_every_point(method: str, digits: Datase
     with torch.no_grad():
         for points in ball.sample(50, draw):
             assert batch.loss(batch.model(points)) <= worst
-    point = climb(batch.model, batch.x, batch.x, Threat(0.05), batch.loss, steps=10, step=0.02)
+    point = climb(batch.model, batch.x, batch.x, Threat(0.05), batch.loss, lengths=[0.02] * 10)
     assert batch.loss(batch.model(point)) <= worst
 
 
