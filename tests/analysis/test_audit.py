@@ -138,3 +138,13 @@ def test_records_survive_json_and_images_that_are_wrong_are_left_out() -> None:
     assert found.to_dict()["trusted"] is found.trusted
     with pytest.raises(InvalidInput, match="none of 12"):
         audit(model, x, (model(x).argmax(1) + 1) % 3, Protocol(radii=(RADIUS,)), radius=RADIUS)
+
+
+def test_how_many_images_are_attacked_together_changes_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double().eval()
+    x = torch.rand(10, 1, 2, 2, dtype=torch.float64)
+    y = model(x).argmax(1)
+    found = audit(model, x, y, Protocol(radii=(RADIUS,)), radius=RADIUS)
+    monkeypatch.setattr(auditing, "TOGETHER", 3)
+    assert audit(model, x, y, Protocol(radii=(RADIUS,)), radius=RADIUS) == found
