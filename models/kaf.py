@@ -95,6 +95,7 @@ class KAF(nn.Module):
         bound = chosen.bound if bound is None else bound
         _check("num_parameters", num_parameters, num_parameters >= 1, "at least 1")
         _check("size", size, size >= 2, "at least 2 dictionary points")
+        _check("trainable", trainable, isinstance(trainable, bool), "True or False")
         _check("bound", bound, 0 < bound < torch.inf, "a positive number")
         gamma = 1 / (chosen.scale * (2 * bound / (size - 1)) ** 2) if gamma is None else gamma
         _check("gamma", gamma, 0 < gamma < torch.inf, "a positive number")
@@ -138,7 +139,8 @@ class KAF(nn.Module):
         alpha, dictionary, gamma = self.gaussian()
         ends = alpha.new_tensor([[-self.bound], [self.bound]])
         away = ends - dictionary
-        left, right = (alpha @ (-2 * gamma * away * torch.exp(-gamma * away.square())).t()).unbind(1)
+        slopes = -2 * gamma * away * torch.exp(-gamma * away.square())
+        left, right = (alpha[:, None] * slopes).sum(2).unbind(1)  # no matrix product: autocast would round it
         return left, right
 
     def _sum(self, x: Tensor) -> Tensor:

@@ -135,6 +135,13 @@ def test_tails_continue_value_and_slope() -> None:
             torch.testing.assert_close(kaf(s), y.detach() + slope * (s - e.detach()), rtol=1e-12, atol=1e-12)
 
 
+def test_tails_are_computed_in_float32_under_autocast() -> None:
+    kaf, x = KAF(4, init="elu", tails="linear", convention="authors"), torch.linspace(-8, 8, 100).expand(4, -1).t()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = kaf(x)
+    assert torch.equal(low, kaf(x))
+
+
 def test_tails_have_the_right_first_and_second_derivatives_everywhere() -> None:
     kaf = KAF(2, size=6, tails="linear").double()
     x = torch.tensor([[-5.0, -2.9], [0.3, 2.2], [3.4, 9.0]], dtype=torch.float64, requires_grad=True)
