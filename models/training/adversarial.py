@@ -70,6 +70,10 @@ class Fast(Adversarial):
 
     step: float = 1.25
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between("step", self.step, 0, math.inf)
+
     def attack(self, batch: Batch) -> Float[Tensor, "batch *shape"]:
         start = pull_back(batch.x + self.radius * batch.uniform(), batch.x, self.threat)
         return climb(batch.model, batch.x, start, self.threat, batch.loss, lengths=[self.step * self.radius])
@@ -88,6 +92,11 @@ class NoisyFGSM(Adversarial):
 
     noise: float = 2.0
     step: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between("noise", self.noise, 0, math.inf)
+        between("step", self.step, 0, math.inf)
 
     def attack(self, batch: Batch) -> Float[Tensor, "batch *shape"]:
         if self.norm != "linf":
@@ -145,6 +154,10 @@ class Free(Adversarial):
     one_step: ClassVar[bool] = True
 
     replays: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between("replays", self.replays, 1, 10_000)
 
     @property
     def repeats(self) -> int:

@@ -67,6 +67,10 @@ class IBPTraining(Certified):
 
     kappa: float = 0.5
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between("kappa", self.kappa, 0, 1)
+
     def outcome(self, batch: Batch) -> Outcome:
         logits, share = batch.model(batch.x), self.grown(batch.done)
         plain, kappa = batch.loss(logits), 1 - (1 - self.kappa) * share
@@ -87,6 +91,11 @@ class CrownIBPTraining(Certified):
 
     kappa: float = 0.5
     beta: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between("kappa", self.kappa, 0, 1)
+        between("beta", self.beta, 0, 1)
 
     def outcome(self, batch: Batch) -> Outcome:
         logits, share = batch.model(batch.x), self.grown(batch.done)
@@ -112,6 +121,11 @@ class Sabr(Certified):
     share: float = 0.4
     steps: int = 8
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between("share", self.share, 0, 1)
+        between("steps", self.steps, 1, 10_000)
+
     def outcome(self, batch: Batch) -> Outcome:
         logits, grown = batch.model(batch.x), self.grown(batch.done)
         if grown == 0:
@@ -131,6 +145,11 @@ class MtlIBP(Certified):
 
     alpha: float = 0.1
     steps: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between("alpha", self.alpha, 0, 1)
+        between("steps", self.steps, 1, 10_000)
 
     def outcome(self, batch: Batch) -> Outcome:
         share = self.grown(batch.done)

@@ -129,6 +129,29 @@ def test_open_steps_are_those_of_the_attack_and_given_ones_stay() -> None:
             kind(radius=0.3, step=-1.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("fast", "step", -1.0),
+        ("n-fgsm", "step", -1.0),
+        ("n-fgsm", "noise", -2.0),
+        ("free", "replays", 0),
+        ("pgd", "steps", 0),
+        ("trades", "beta", -1.0),
+        ("ibp", "kappa", 7.0),
+        ("crown-ibp", "kappa", -1.0),
+        ("crown-ibp", "beta", 2.0),
+        ("sabr", "share", -1.0),
+        ("sabr", "steps", -3),
+        ("mtl-ibp", "alpha", -2.0),
+        ("mtl-ibp", "steps", 0),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused(name: str, option: str, value: float) -> None:
+    with pytest.raises(InvalidInput, match=f"{option} = {value}"):
+        RECIPES[name](**{"radius": 0.1, option: value})
+
+
 def test_trades_without_beta_is_standard_training(digits: Dataset) -> None:
     batch = batch_of(digits)
     outcomes = Trades(radius=0.1, beta=0.0, steps=1)(batch), Standard()(batch)
