@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -54,10 +55,27 @@ def write(contents: Mapping[Path, bytes]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def prepare(folder: Path) -> None:
+    """Make the folder and try to write there, before work whose fruits are to lie in it. Raises ``InvalidFile``."""
+    trial = folder / f".trial.{secrets.token_hex(4)}"
+    write({trial: b""})
+    trial.unlink(missing_ok=True)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 of names, types, shapes and values."""
+    found = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        found.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> bytes:
-    """Return the bytes of a safetensors file that also carries ``header`` as JSON."""
+    """Return the bytes of a safetensors file that also carries ``header`` as JSON, and a hash of the tensors."""
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    return safetensors.torch.save(plain, {"json": json.dumps(header or {}, allow_nan=False)})
+    words = {"json": json.dumps(header or {}, allow_nan=False), "sha256": digest(plain)}
+    return safetensors.torch.save(plain, words)
 
 
 def unpack(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -73,6 +91,8 @@ def unpack(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         length = int.from_bytes(data[:8], "little")
         words = json.loads(data[8 : 8 + length]).get("__metadata__", {})
         header = json.loads(words.get("json", "{}"))
+        if "sha256" in words and words["sha256"] != digest(tensors):  # files of others carry none
+            raise ValueError("other tensors than were written")
     except (safetensors.SafetensorError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise InvalidFile(
             f"{path} is damaged or truncated ({type(error).__name__})",

@@ -152,6 +152,29 @@ def test_weights_that_are_no_state_dict_are_refused_and_never_run(tmp_path: Path
     assert not (tmp_path / "owned").exists()
 
 
+def test_a_save_killed_between_its_two_renames_leaves_a_checkpoint(tmp_path: Path) -> None:
+    model, places = network(), (tmp_path / "old", tmp_path / "new")
+    for epoch, place in enumerate(places, 1):
+        with torch.no_grad():
+            model.linear1.weight.mul_(2)
+        save(place, model, {"data": "digits", "metrics": {"epoch": epoch}})
+    (places[0] / "model.safetensors").write_bytes((places[1] / "model.safetensors").read_bytes())
+    found = load(places[0])
+    assert found.meta == load(places[1]).meta
+    assert torch.equal(found.model.linear1.weight, model.linear1.weight)
+    edit(places[0], lambda meta: meta.update(data="mnist"))  # those are no weights of that run
+    with pytest.raises(InvalidFile, match="does not belong"):
+        load(places[0])
+
+
+def test_tensors_that_changed_on_disk_are_noticed_even_by_a_json_that_agrees(tmp_path: Path) -> None:
+    packed = bytearray(files.pack({"a": torch.ones(4)}, {"b": 1}))
+    assert files.unpack(tmp_path, bytes(packed))[1] == {"b": 1}
+    packed[-1] ^= 1
+    with pytest.raises(InvalidFile, match="damaged"):
+        files.unpack(tmp_path, bytes(packed))
+
+
 def test_a_failed_write_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, network())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
