@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import time
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from certify.attacks import FGSM
+from certify.attacks.base import evaluating
 from certify.errors import InvalidInput, InvalidModel
 from models import checkpoint
 from models.data import Dataset, subset
+from models.files import prepare
 from models.kaf import fuse
 from models.networks import Network
 from models.training.adversarial import PGDTraining
@@ -27,7 +33,7 @@ from models.training.optimizers import optimizer_for
 from models.training.penalty import penalty
 from models.training.recipe import Batch, Recipe
 from models.training.records import EpochRecord, OnEpoch, Status, TrainingResult, overfits
-from models.training.resume import Progress, load_progress, save_progress
+from models.training.resume import Progress, identity_of, load_progress, save_progress
 from models.training.schedule import share
 from models.training.validation import PROBE, accuracy, certified_accuracy, robust_accuracy
 
@@ -51,20 +57,29 @@ def train(
     Raises ``InvalidInput`` for data without training images or a device that is absent, ``InvalidModel`` when the loss
     is no longer finite, ``InvalidFile`` when there is nothing to resume, or from another run, or no room to write.
     """
-    _check(model, data, directory)
+    require_trainable(model, data)
+    if directory is not None and (not isinstance(model, Network) or model.architecture is None):
+        raise InvalidInput(
+            f"a {type(model).__name__} without an architecture",
+            "a network whose checkpoint can be built again",
+            "models.build(architecture), or no directory",
+        )
     home, device = next(model.parameters()).device, device_of(config.engine.device)
     started = time.perf_counter()
     model.to(device)
     run = Run(model, data, config, device)
     place = None if directory is None else Path(directory)
-    if resume:
-        if place is None:
-            raise InvalidInput("resume without a directory", "the folder of the run", "directory=FOLDER")
-        load_progress(place, run.progress, config, data)
-    try:
-        status = _epochs(run, data, place, on_epoch)
-    except KeyboardInterrupt:
-        status = "interrupted"
+    if resume and place is None:
+        raise InvalidInput("resume without a directory", "the folder of the run", "directory=FOLDER")
+    with seeded(config.seed, device):
+        if place is not None and resume:
+            load_progress(place, run.progress, run.identity)
+        if place is not None and run.group.main:
+            prepare(place)
+        try:
+            status = _epochs(run, place, on_epoch)
+        except KeyboardInterrupt:
+            status = "interrupted"
     progress = run.progress
     if progress.best:
         model.load_state_dict(progress.best)
@@ -74,27 +89,30 @@ def train(
     return TrainingResult(model, records, progress.best_epoch, status, seconds, overfitted)
 
 
-def _epochs(run: Run, data: Dataset, place: Path | None, on_epoch: OnEpoch | None) -> Status:
+def _epochs(run: Run, place: Path | None, on_epoch: OnEpoch | None) -> Status:
     """Train until the epochs, the patience or the watch end it."""
-    progress, watch = run.progress, run.config.watch
-    while progress.epoch < run.config.epochs:
-        if watch.patience is not None and progress.stale >= watch.patience:
-            return "stopped early"
-        if progress.overfitted and watch.overfitting == "stop":
-            return "overfitted"
+    while (status := run.ended()) is None:
         record = run.epoch()
         if place is not None and run.group.main:
-            _save(place, run, data)
+            _save(place, run)
         if on_epoch is not None:
             on_epoch(record)
-    return "finished"
+    return status
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Start torch's global generators at ``seed`` for a while: dropout draws from them, and from no other."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 class Run:
     """One training run: data on the device, the optimizer, and the progress that a resume restores."""
 
     def __init__(self, model: nn.Module, data: Dataset, config: TrainConfig, device: torch.device) -> None:
-        self.model, self.config, self.device, self.classes = model, config, device, data.classes
+        self.model, self.data, self.config, self.device, self.classes = model, data, config, device, data.classes
         self.group = Group.current()
         self.train = data.train_x.to(device), data.train_y.to(device)
         self.val = data.val_x.to(device), data.val_y.to(device)
@@ -115,6 +133,22 @@ class Run:
             fuse(model)
         elif config.engine.compile == "model":
             model.compile()
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a resume must find unchanged."""
+        return identity_of(self.model, self.config, self.data)
+
+    def ended(self) -> Status | None:
+        """How the run ended; None while it goes on."""
+        progress, watch = self.progress, self.config.watch
+        if progress.overfitted and watch.overfitting == "stop":
+            return "overfitted"
+        if progress.epoch >= self.config.epochs:
+            return "finished"
+        if watch.patience is not None and progress.stale >= watch.patience:
+            return "stopped early"
+        return None
 
     @property
     def recipe(self) -> Recipe:
@@ -146,6 +180,7 @@ class Run:
                 images_per_second=len(self.train[0]) / trained,
                 gradients=gradient_norms(self.model, *(part[: config.batch] for part in self.probe)),
             )
+            _require_finite("gradients", record.gradients.values(), record.epoch)
             progress.advance(record)
         self._watch()
         return record
@@ -174,38 +209,37 @@ class Run:
 
     def _pass(self, epoch: int) -> tuple[float, float]:
         """One pass over the training images in random order; return mean loss and accuracy."""
-        x, y = self.train
         recipe, memory = self.recipe, dict[str, Tensor]()
-        order = torch.randperm(len(x), generator=self.progress.generator).to(self.device)
+        steps, count = self.config.epochs * self.steps_per_epoch * recipe.repeats, len(self.train[0])
+        order = torch.randperm(count, generator=self.progress.generator).to(self.device)
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for index, rows in enumerate(batches(order, self.config.batch)):
-            draws = torch.rand(len(rows), 5, generator=self.progress.generator)[self.group.mine].to(self.device)
-            mine = rows[self.group.mine]
-            images = augmented(x[mine], self.config.augment, draws)
-            for repeat in range(recipe.repeats):
-                batch = Batch(
-                    model=self.model,
-                    x=images,
-                    y=y[mine],
-                    classes=self.classes,
-                    generator=self.progress.generator,
-                    step=(epoch * self.steps_per_epoch + index) * recipe.repeats + repeat,
-                    steps=self.config.epochs * self.steps_per_epoch * recipe.repeats,
-                    smoothing=self.config.smoothing,
-                    memory=memory,
-                    whole=len(rows),
-                    mine=self.group.mine,
-                )
-                height = share(self.config.schedule, batch.step, batch.steps)
-                totals += self.step(recipe, batch, height) / recipe.repeats
-        loss, hits = (self.group.total(totals) / len(x)).tolist()
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise InvalidModel(
-                f"the training loss became {loss} in epoch {epoch + 1}",
-                "a finite loss",
-                "a lower --lr, or certify diagnose to see where it began",
-            )
+            first = (epoch * self.steps_per_epoch + index) * recipe.repeats
+            batch = self.batch(rows, memory, step=first, steps=steps)
+            for step in range(first, first + recipe.repeats):
+                height = share(self.config.schedule, step, steps)
+                totals += self.step(recipe, replace(batch, step=step), height) / recipe.repeats
+        loss, hits = (self.group.total(totals) / count).tolist()
+        _require_finite("loss", [loss], epoch + 1)
         return loss, hits
+
+    def batch(self, rows: Tensor, memory: dict[str, Tensor], *, step: int, steps: int) -> Batch:
+        """Return this process's part of the training images ``rows``, augmented, at ``step`` of ``steps``."""
+        mine = self.group.mine
+        draws = torch.rand(len(rows), 5, generator=self.progress.generator)[mine].to(self.device)
+        return Batch(
+            model=self.model,
+            x=augmented(self.train[0][rows[mine]], self.config.augment, draws),
+            y=self.train[1][rows[mine]],
+            classes=self.classes,
+            generator=self.progress.generator,
+            step=step,
+            steps=steps,
+            smoothing=self.config.smoothing,
+            memory=memory,
+            whole=len(rows),
+            mine=mine,
+        )
 
     def step(self, recipe: Recipe, batch: Batch, height: float) -> Tensor:
         """One optimizer step at ``height`` times the peak rates; return this process's summed loss and hits."""
@@ -245,27 +279,32 @@ def batches(order: Tensor, size: int) -> list[Tensor]:
     return parts
 
 
-def _save(place: Path, run: Run, data: Dataset) -> None:
+def _save(place: Path, run: Run) -> None:
     """Write the best weights if the last epoch brought them, then the log and the state to resume from."""
     progress, config = run.progress, run.config
     if progress.best_epoch == progress.epoch:
         metrics = asdict(progress.records[-1])
-        meta = {"data": data.name, "config": config.to_dict(), "seed": config.seed, "metrics": metrics}
+        meta = {"data": run.data.name, "config": config.to_dict(), "seed": config.seed, "metrics": metrics}
         checkpoint.save(place, run.model, meta, weights=progress.best)
     log(place, progress.records)
-    save_progress(place, progress, config, data)
+    save_progress(place, progress, run.identity)
 
 
-def _check(model: nn.Module, data: Dataset, directory: str | Path | None) -> None:
+def _require_finite(what: str, values: Iterable[float], epoch: int) -> None:
+    bad = [value for value in values if not math.isfinite(value)]
+    if bad:
+        raise InvalidModel(
+            f"the {what} became {bad[0]} in epoch {epoch}",
+            f"finite {what}",
+            "a lower --lr, or certify diagnose to see where it began",
+        )
+
+
+def require_trainable(model: nn.Module, data: Dataset) -> None:
+    """Raise ``InvalidInput`` unless there are images to train on and the model has an output for each class."""
     if len(data.train_x) == 0 or len(data.val_x) == 0:
         raise InvalidInput(f"{data.name} has no training images", "train and validation images", "add train_images")
-    if directory is not None and (not isinstance(model, Network) or model.architecture is None):
-        raise InvalidInput(
-            f"a {type(model).__name__} without an architecture",
-            "a network whose checkpoint can be built again",
-            "models.build(architecture), or no directory",
-        )
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         first = next(model.parameters())
         shape = model(data.val_x[:2].to(first.device)).shape
     if shape[1:] != (data.classes,):

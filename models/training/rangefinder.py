@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from certify.errors import InvalidInput
 from models.data import Dataset
 from models.training.config import TrainConfig
-from models.training.loop import Run, device_of
-from models.training.recipe import Batch
+from models.training.loop import Run, batches, device_of, require_trainable, seeded
 
 
 @dataclass(frozen=True)
@@ -43,37 +42,40 @@ def find_rate(
     times its least or not finite. The model is left as it is. Reference: L. Smith, "Cyclical learning rates for
     training neural networks" (2017), section 3.3. Raises ``InvalidInput`` for ranges that are none.
     """
-    if not (0 < low < high < math.inf and steps >= 10 and config.optimizer.lr > 0):
+    require_trainable(model, data)
+    if not (0 < low < high < math.inf and steps >= 10):
         raise InvalidInput(f"rates from {low} to {high} in {steps} steps", "0 < low < high, at least 10 steps")
+    if config.optimizer.lr == 0:
+        raise InvalidInput("optimizer.lr = 0", "a rate that can be scaled", "leave it out for its default")
     twin, device = copy.deepcopy(model), device_of(config.engine.device)
     twin.to(device).train()
     run = Run(twin, data, config, device)
+    with seeded(config.seed, device):
+        rates, losses = _climbed(run, low, high, steps)
+    if len(rates) < 3:
+        raise InvalidInput(f"a loss that leaves all bounds at rate {low:g}", "rates that are borne", "a smaller low")
+    return RateCurve(tuple(rates), tuple(losses), *_turning(rates, losses))
+
+
+def _climbed(run: Run, low: float, high: float, steps: int) -> tuple[list[float], list[float]]:
+    """The rates that were borne, and the smoothed loss at each."""
     rates: list[float] = []
     losses: list[float] = []
     average = 0.0
     order = torch.randperm(len(run.train[0]), generator=run.progress.generator)
-    parts = order.split(config.batch)
+    parts, repeats, memory = batches(order.to(run.device), run.config.batch), run.recipe.repeats, dict[str, Tensor]()
     for index in range(steps):
-        rate, rows = low * (high / low) ** (index / (steps - 1)), parts[index % len(parts)].to(device)
-        batch = Batch(
-            model=twin,
-            x=run.train[0][rows],
-            y=run.train[1][rows],
-            classes=data.classes,
-            generator=run.progress.generator,
-            step=steps - 1,
-            steps=steps,
-        )
-        loss = float(run.step(run.recipe, batch, rate / config.optimizer.lr)[0]) / len(rows)
+        if index % repeats == 0:
+            batch = run.batch(parts[index // repeats % len(parts)], memory, step=steps - 1, steps=steps)
+        rate = low * (high / low) ** (index / (steps - 1))
+        loss = float(run.step(run.recipe, batch, rate / run.config.optimizer.lr)[0]) / len(batch.x)
         average = 0.9 * average + 0.1 * loss
         smooth = average / (1 - 0.9 ** (index + 1))
         if not math.isfinite(smooth) or (losses and smooth > 4 * min(losses)):
             break
         rates.append(rate)
         losses.append(smooth)
-    if len(rates) < 3:
-        raise InvalidInput(f"a loss that leaves all bounds at rate {low:g}", "rates that are borne", "a smaller low")
-    return RateCurve(tuple(rates), tuple(losses), *_turning(rates, losses))
+    return rates, losses
 
 
 def _turning(rates: list[float], losses: list[float]) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from certify.errors import InvalidFile
 from models.checkpoint import fill
 from models.data import Dataset
-from models.files import pack, read_bytes, unpack, write
+from models.files import digest, pack, read_bytes, unpack, write
+from models.networks import Network
 from models.training.average import Average
 from models.training.config import TrainConfig
 from models.training.records import EpochRecord
@@ -52,8 +52,8 @@ class Progress:
             self.best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
 
-def save_progress(directory: Path, progress: Progress, config: TrainConfig, data: Dataset) -> None:
-    """Write the state atomically. The learning rate is a function of the step and needs no state."""
+def save_progress(directory: Path, progress: Progress, identity: dict[str, Any]) -> None:
+    """Write the state of the run of that identity atomically. The learning rate, a function of the step, needs none."""
     tensors = {
         **{f"model.{name}": value for name, value in progress.model.state_dict().items()},
         **{f"best.{name}": value for name, value in progress.best.items()},
@@ -66,7 +66,7 @@ def save_progress(directory: Path, progress: Progress, config: TrainConfig, data
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     header = {
-        "identity": _identity(config, data),
+        "identity": identity,
         "records": [asdict(record) for record in progress.records],
         "best_epoch": progress.best_epoch,
         "overfitted": progress.overfitted,
@@ -74,20 +74,20 @@ def save_progress(directory: Path, progress: Progress, config: TrainConfig, data
     write({directory / FILE: pack(tensors, header)})
 
 
-def load_progress(directory: Path, progress: Progress, config: TrainConfig, data: Dataset) -> None:
+def load_progress(directory: Path, progress: Progress, identity: dict[str, Any]) -> None:
     """Bring ``progress`` to the state in ``directory``, torch's global generators included.
 
-    Raises ``InvalidFile`` if there is none, it is damaged, or it comes from another config, network or data set.
+    Raises ``InvalidFile`` if there is none, it is damaged, or it comes from a run of another identity.
     """
     path = directory / FILE
     tensors, header = unpack(path, read_bytes(path))
-    theirs, ours = header.get("identity"), _identity(config, data)
-    if not isinstance(theirs, dict) or theirs != ours:
+    theirs = header.get("identity")
+    if theirs != identity:
         known = theirs if isinstance(theirs, dict) else {}
-        changed = [key for key in ours if known.get(key) != ours[key]]
+        changed = sorted(key for key in {*known, *identity} if known.get(key) != identity.get(key))
         raise InvalidFile(
             f"{path} comes from another run: {', '.join(changed)} changed",
-            "the config and data that it was started with",
+            "the config, network and data that it was started with",
             "start anew without --resume",
         )
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "rng": {}, "average": {}}
@@ -112,11 +112,12 @@ def load_progress(directory: Path, progress: Progress, config: TrainConfig, data
         ) from None
 
 
-def _identity(config: TrainConfig, data: Dataset) -> dict[str, Any]:
-    """What must be equal for a resume to be exact, by dotted names; where it is computed may differ."""
-    labels = hashlib.sha256(data.train_y.cpu().numpy().tobytes()).hexdigest()
-    own = {key: value for key, value in _flat(config.to_dict()).items() if not key.startswith("engine.")}
-    return {**own, "data": data.name, "images": list(data.train_x.shape), "labels": labels}
+def identity_of(model: nn.Module, config: TrainConfig, data: Dataset) -> dict[str, Any]:
+    """Return what must be equal for a resume to be exact, by dotted names; where it is computed may differ."""
+    options = {key: value for key, value in _flat(config.to_dict()).items() if not key.startswith("engine.")}
+    network = model.architecture if isinstance(model, Network) else None
+    images = digest({"x": data.train_x, "y": data.train_y, "val_x": data.val_x, "val_y": data.val_y})
+    return {**options, **_flat({"network": network}), "data": data.name, "training data": images}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

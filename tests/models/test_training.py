@@ -35,7 +35,7 @@ from models.training import (
     find_rate,
     train,
 )
-from models.training.loop import batches
+from models.training.loop import batches, require_trainable
 from models.training.records import overfits
 from models.training.validation import PROBE, accuracy, certified_accuracy, robust_accuracy
 
@@ -169,6 +169,31 @@ def test_training_leaves_the_global_generator_alone(digits: Dataset) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+def with_dropout() -> Network:
+    model = network("relu")
+    model.append(nn.Dropout(0.2))
+    return model
+
+
+def test_the_seed_decides_dropout_too(digits: Dataset, tmp_path: Path) -> None:
+    config = TrainConfig(epochs=4, batch=100)
+    whole = train(with_dropout(), digits, config)
+    torch.rand(7)  # the global generator stands elsewhere
+    assert equal(train(with_dropout(), digits, config).model, whole.model)
+    assert not equal(train(with_dropout(), digits, replace(config, seed=1)).model, whole.model)
+    train(with_dropout(), digits, config, directory=tmp_path, on_epoch=interrupt_after(2))
+    assert equal(train(with_dropout(), digits, config, directory=tmp_path, resume=True).model, whole.model)
+
+
+def test_looking_at_a_network_changes_nothing_of_it(digits: Dataset) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10), nn.Dropout(0.5))
+    before, drawn = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    require_trainable(model, digits)
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
 def test_patience_stops_early(digits: Dataset) -> None:
     still = TrainConfig(epochs=50, batch=300, optimizer=Optimizer(lr=0.0), watch=Watch(patience=2))
     # Without learning every score ties, ties prefer the later epoch, and patience never runs out.
@@ -223,6 +248,7 @@ def test_the_watch_answers_overfitting(
     expected = {"switch": ["fast", "fast", "pgd", "pgd"], "stop": ["fast", "fast"], "report": ["fast"] * 4}
     assert names == expected[answer]
     assert result.status == ("overfitted" if answer == "stop" else "finished")
+    assert train(network(), digits, replace(config, epochs=2)).status == result.status  # in the last epoch, too
     train(network(), digits, config, directory=tmp_path / "two", on_epoch=interrupt_after(2))
     again = train(network(), digits, config, directory=tmp_path / "two", resume=True)
     assert equal(result.model, again.model)
@@ -260,15 +286,20 @@ def test_resume_refuses_another_run(digits: Dataset, tmp_path: Path) -> None:
     for model, data, changed, word in (
         (network(), digits, replace(config, optimizer=Optimizer(lr=0.1)), "optimizer.lr changed"),
         (network(), digits, replace(config, recipe=Fast(radius=0.1)), "recipe.name"),
-        (network(), other, config, "labels changed"),
-        (mlp([64, 17, 10], "kaf-elu", mean=[0.3], std=[0.4]), digits, config, "shape"),
+        (network(), other, config, "training data changed"),
+        (network(), replace(digits, train_x=1 - digits.train_x), config, "training data changed"),
+        (network(), replace(digits, val_x=1 - digits.val_x), config, "training data changed"),
+        (network(hidden=17), digits, config, "network.sizes changed"),
+        (network("kaf-relu"), digits, config, "network.activation changed"),
     ):
         with pytest.raises(InvalidFile, match=word):
             train(model, data, changed, directory=tmp_path, resume=True)
     state = tmp_path / "resume.safetensors"
-    state.write_bytes(state.read_bytes()[:-10])
-    with pytest.raises(InvalidFile):
-        train(network(), digits, config, directory=tmp_path, resume=True)
+    whole = state.read_bytes()
+    for damaged in (whole[:-10], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]):
+        state.write_bytes(damaged)
+        with pytest.raises(InvalidFile, match="damaged"):
+            train(network(), digits, config, directory=tmp_path, resume=True)
 
 
 def test_a_full_disk_is_told_in_three_lines_and_the_last_checkpoint_stays(
@@ -294,7 +325,9 @@ def test_a_full_disk_is_told_in_three_lines_and_the_last_checkpoint_stays(
 def test_a_folder_that_cannot_be_written_is_told_in_three_lines(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And before the first epoch, not after it."""
     (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr("models.training.loop.Run.epoch", lambda _: pytest.fail("trained"))
     with pytest.raises(InvalidFile, match="cannot write") as error:
         train(network(), digits, TrainConfig(epochs=1), directory=tmp_path / "file")
     assert len(str(error.value).splitlines()) == 3
@@ -342,6 +375,9 @@ def test_a_single_image_left_over_does_not_stop_batch_normalisation(digits: Data
 def test_a_diverging_run_says_so(digits: Dataset) -> None:
     with pytest.raises(InvalidModel, match="loss became"):
         train(network("relu"), digits, TrainConfig(epochs=3, optimizer=Optimizer(name="sgd", lr=1e30)))
+    once = TrainConfig(epochs=1, batch=300, optimizer=Optimizer(lr=1e30), schedule=Schedule(name="constant"))
+    with pytest.raises(InvalidModel, match="gradients became"):  # the loss was that before the only step
+        train(network("relu"), digits, once)
 
 
 def test_low_precision_trains_about_as_well(whole: Dataset) -> None:
@@ -385,6 +421,26 @@ def test_the_range_finder_leaves_the_model_alone_and_stops_where_the_loss_explod
     assert again == curve
     with pytest.raises(InvalidInput):
         find_rate(model, whole, config, low=1.0, high=0.1)
+    with pytest.raises(InvalidInput, match=r"optimizer\.lr = 0"):
+        find_rate(model, whole, TrainConfig(optimizer=Optimizer(lr=0.0)))
+    with pytest.raises(InvalidInput, match="no training images"):
+        find_rate(model, replace(whole, train_x=whole.train_x[:0]), config)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"smoothing": 0.9}, {"augment": {"crop": 2}}, {"recipe": {"name": "free", "radius": 0.3}}],
+    ids=["smoothing", "augment", "free"],
+)
+def test_the_range_finder_trains_as_configured(changed: dict[str, object], digits: Dataset) -> None:
+    curves = [find_rate(network(), digits, TrainConfig.from_dict(given), steps=20) for given in ({}, changed)]
+    assert curves[0].losses[5] != curves[1].losses[5]
+
+
+def test_the_range_finder_gives_batch_normalisation_no_single_image(digits: Dataset) -> None:
+    model = build(architecture("vgg", (1, 8, 8), 10, "relu", width=4), seed=0)
+    few = replace(digits, train_x=digits.train_x[:65], train_y=digits.train_y[:65])
+    assert len(find_rate(model, few, TrainConfig(batch=64), low=1e-6, high=1e-3, steps=10).rates) == 10
 
 
 def test_refuses_networks_and_data_that_do_not_fit(digits: Dataset, tmp_path: Path) -> None:
