@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from models.files import read_json, write
 from models.networks import architecture, build
 from models.training import TrainConfig, train
 from models.training.config import load_toml
-from models.training.fields import read
+from models.training.fields import exact_radius, read
 from models.training.recipe import NORMS
 from models.training.records import OnEpoch
 
@@ -43,10 +42,7 @@ class Judge:
 
     def protocol(self) -> Protocol:
         """Return it as the protocol of ``analysis.evaluation``. Raises ``InvalidInput`` for what cannot be meant."""
-        try:
-            radii = tuple(Fraction(radius) for radius in self.radii)
-        except (ValueError, ZeroDivisionError):
-            raise InvalidInput(f"radii {self.radii}", "numbers or fractions", 'radii = ["8/255"]') from None
+        radii = tuple(exact_radius(radius) for radius in self.radii)
         if self.norm not in NORMS or self.samples < 1:
             raise InvalidInput(f"norm {self.norm}, {self.samples} samples", "linf, l2 or l1 and at least one sample")
         attack = PGD(steps=self.steps, restarts=self.restarts, step=self.step)

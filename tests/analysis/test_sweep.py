@@ -145,6 +145,8 @@ def test_the_shipped_sweeps_are_the_thesis_tables(path: Path, digits: Dataset) -
     [
         ('radii = ["1/50", "0.1"]', 'radii = ["wide"]'),
         ('radii = ["1/50", "0.1"]', 'radii = "0.1"'),
+        ('radii = ["1/50", "0.1"]', 'radii = ["1e9999999"]'),
+        ('radii = ["1/50", "0.1"]', 'radii = ["1e999"]'),
         ("samples = 20", "samples = 0"),
         ('methods = ["ibp"]', 'methods = ["hope"]'),
         ("epochs = 2", "epoch = 2"),

@@ -129,6 +129,7 @@ CASES = {
     "an option that is none": ("train --set optimiser.clip=1", 2),
     "an option inside a number": ("train --set batch=3 --set batch.clip=1", 2),
     "a radius that is no number": ("train --method fast --radius wide", 2),
+    "a training radius too large to write down": ("train --method fast --radius 1e999999999", 2),
     "no config file": ("train --config absent.toml", 5),
     "a config file that is none": ("train --config net/model.json", 5),
     "rates the wrong way round": ("lr-find --low 1 --high 0.1", 2),
