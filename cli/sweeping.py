@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.options import OutputOptions
+from cli.settings import assignments
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,13 +42,13 @@ def sweep(
     from analysis.summary import summarise
     from analysis.sweep import load_sweep, run
     from cli import output as writer
-    from cli.learning import assignments
+    from cli.learning import trainable
     from models import data as sets
     from models.files import write
 
     console = writer.console(output.json)
     plan = load_sweep(file, assignments(set_ or ()) | ({} if data is None else {"data": data}))
-    found = _fewer(sets.load(plan.data, data_dir=data_dir), images)
+    found = _fewer(trainable(sets.load(plan.data, data_dir=data_dir)), images)
     folder = out or Path("sweeps") / Path(file).stem
     cells = plan.cells
     console.print(

@@ -43,6 +43,7 @@ CASES = {
     "NaN in a checkpoint": ("report poisoned", 5),
     "a pickle offered as checkpoint": ("report evil.pt", 5),
     "an unknown architecture in a checkpoint": ("report strange", 5),
+    "a list of networks in a checkpoint": ("report listed", 5),
     "a newer schema": ("report newer", 5),
     "negative radius": ("report net --radius -1/255", 2),
     "NaN radius": ("report net --radius nan", 2),
@@ -142,6 +143,20 @@ CASES = {
     "a diagnosis drawn in no kind": ("diagnose net --kind bmp", 2),
     "a diagnosis at two radii": ("diagnose net --radius 0.1,0.2", 2),
     "an option that the network lacks": ("train --net depth=3", 2),
+    "hidden layers as an option of the network": ("train --net hidden=32", 2),
+    "classes as an option of the network": ("train --arch cnn --net classes=12", 2),
+    "a network as an option of the network": ("train --net network=cnn", 2),
+    "an option of the network without a value": ("train --net foo", 2),
+    "a flag of the network that is none": ("train --arch resnet20 --net preactivation=no", 2),
+    "a seed beyond the last": ("train --seed 18446744073709551616", 2),
+    "samples of a seed beyond the last": ("report net --seed 18446744073709551616", 2),
+    "rates of a seed beyond the last": ("lr-find --seed 9223372036854775808", 2),
+    "a seed beyond the last in the config": ("train --set seed=9223372036854775808", 2),
+    "a list of recipes": ('train --set recipe.name=["fast"]', 2),
+    "a radius for standard training": ("train --radius 0.1", 2),
+    "a recipe without its noise": ("train --method noise", 2),
+    "rates on data without training images": ("lr-find --data npz:labels.npz", 2),
+    "a sweep on data without training images": ("sweep vgg-fastat --data npz:labels.npz --images 3", 2),
     "hidden layers that are none": ("train --hidden 64,zero", 2),
     "a folder that holds a run": ("train --out net", 2),
     "nothing to resume": ("train --out empty --resume", 5),
@@ -176,6 +191,8 @@ def plant(folder: Path) -> None:
     checkpoint("poisoned", poisoned, json.dumps({**meta, "weights_sha256": digest}).encode())
     strange = {**meta, "architecture": {**meta["architecture"], "network": "oracle"}}
     checkpoint("strange", weights, json.dumps(strange).encode())
+    listed = {**meta, "architecture": {**meta["architecture"], "network": ["mlp"]}}
+    checkpoint("listed", weights, json.dumps(listed).encode())
     checkpoint("newer", weights, json.dumps({**meta, "schema_version": 99}).encode())
     (folder / "evil.pt").write_bytes(pickle.dumps(Evil()))
     torch.save({"0.weight": torch.ones(3, 3)}, folder / "other.pt")
@@ -210,6 +227,27 @@ def test_bad_input(words: str, code: int, folder: Path, capsys: pytest.CaptureFi
     assert "internal" not in captured.err
     assert max(map(len, lines)) < 420
     assert snapshot(folder) == before
+
+
+#: Command line, and what the refusal must name.
+NAMED = {
+    "train --net hidden=32": "use --hidden",
+    "train --arch cnn --net classes=12": "use --data",
+    "train --net network=cnn": "use --arch",
+    "train --net foo": "--net 'foo'",
+    "train --set foo": "--set 'foo'",
+    "train --arch resnet20 --net preactivation=no": "true or false",
+    "train --method noise": "--set recipe.sigma=",
+    "train --radius 0.1": "--method",
+    "lr-find --data npz:labels.npz": "test images alone",
+}
+
+
+@pytest.mark.parametrize("words", NAMED)
+def test_refusals_name_what_is_meant(words: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plant(folder)
+    assert main(words.split()) == 2
+    assert NAMED[words] in capsys.readouterr().err
 
 
 def test_there_are_at_least_thirty() -> None:

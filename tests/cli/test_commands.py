@@ -284,6 +284,23 @@ def test_an_interrupted_training_says_what_is_saved(
     assert (folder / "run" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("answer", ["switch", "stop", "report"])
+def test_what_was_done_about_overfitting_is_what_was_done(
+    folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    monkeypatch.setattr("models.training.loop.overfits", lambda record: record.epoch == 2)
+    words = "train --hidden 4 --method fast --radius 0.1 --set watch.overfitting={} --epochs {} --out {}"
+    last = " ".join(said(capsys, words.format(answer, 2, "last")).split())
+    assert "overfitting after epoch 2" in last
+    assert "no epoch came after it; the best weights are kept" in last
+    assert "went" not in last
+    assert "stopped" not in last
+    more = " ".join(said(capsys, words.format(answer, 3, "more")).split())
+    done = {"switch": "on with PGD training", "stop": "stopped there with the best", "report": "went on all the same"}
+    assert done[answer] in more
+    assert "no epoch came after" not in more
+
+
 def test_ctrl_c_says_so(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
