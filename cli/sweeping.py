@@ -76,7 +76,10 @@ def sweep(
 
 def result_words(result: Result) -> str:
     """Return one network's line."""
+    from typing import get_args
+
     from cli.theme import percent, seconds
+    from models.training.records import Status
 
     if result.clean is None:
         return f"{result.cell.name}: {result.status}"
@@ -85,7 +88,8 @@ def result_words(result: Result) -> str:
         if rates:
             parts.append(f"{name} {' / '.join(percent(rate.value) for rate in rates)}")
     words = f"{result.cell.name}: {', '.join(parts)} ({seconds(result.seconds)}"
-    return f"{words}, overfitted in epoch {result.overfitted[0]})" if result.overfitted else f"{words})"
+    words = f"{words}, overfitted in epoch {result.overfitted[0]})" if result.overfitted else f"{words})"
+    return words if result.status in get_args(Status) else f"{words}; {result.status}"
 
 
 def heads(plan: Sweep) -> list[str]:
