@@ -141,6 +141,8 @@ CASES = {
     "a sweep changed to nonsense": ("sweep vgg-fastat --set judge.steps=0", 2),
     "a diagnosis of nothing": ("diagnose absent", 5),
     "a diagnosis drawn in no kind": ("diagnose net --kind bmp", 2),
+    "a diagnosis with a torn log": ("diagnose logged --samples 4 --plots pictures", 5),
+    "a diagnosis with another log": ("diagnose listing --samples 4 --plots pictures", 5),
     "a diagnosis at two radii": ("diagnose net --radius 0.1,0.2", 2),
     "an option that the network lacks": ("train --net depth=3", 2),
     "hidden layers as an option of the network": ("train --net hidden=32", 2),
@@ -194,6 +196,9 @@ def plant(folder: Path) -> None:
     listed = {**meta, "architecture": {**meta["architecture"], "network": ["mlp"]}}
     checkpoint("listed", weights, json.dumps(listed).encode())
     checkpoint("newer", weights, json.dumps({**meta, "schema_version": 99}).encode())
+    for name, line in (("logged", '{"epoch": 2, "gradi'), ("listing", "[]")):
+        checkpoint(name, weights, text)
+        (folder / name / "log.jsonl").write_text(f'{{"epoch": 1}}\n{line}')
     (folder / "evil.pt").write_bytes(pickle.dumps(Evil()))
     torch.save({"0.weight": torch.ones(3, 3)}, folder / "other.pt")
     torch.save([torch.ones(3)], folder / "list.pt")

@@ -243,6 +243,14 @@ def test_diagnose_prints_and_draws(folder: Path, capsys: Capture) -> None:
     assert set(found["gains"]) == {"act1", "act2"}
 
 
+def test_diagnose_shows_no_range_where_nothing_certifies_one(folder: Path, capsys: Capture) -> None:
+    text = said(capsys, "diagnose --activation kaf:kernel=laplacian --hidden 8 --samples 8")
+    (line,) = (line.split() for line in text.splitlines() if line.split()[:1] == ["act1"])
+    assert line[2:] == ["-", "-"]
+    text = said(capsys, "diagnose --activation silu+kaf --hidden 8 --samples 8")
+    assert "act1.base" not in text
+
+
 @pytest.mark.slow
 def test_diagnose_shows_the_explosion_of_the_published_network(folder: Path, capsys: Capture) -> None:
     words = "diagnose --arch resnet56 --activation kaf --net width=4 --samples 16"
