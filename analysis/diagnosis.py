@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from analysis.layer_records import Histogram, Shape
 from analysis.plain import Record
 from certify import Interval, LpBall, class_margins
 from certify.attacks import PGD
+from certify.errors import UnsupportedOperation
 from certify.graph import trace
 from certify.ops.base import Elementwise
 from models import KAF, KAFFacts
@@ -21,6 +23,7 @@ from models.training.gradients import gradient_norms, gradient_ratio
 
 #: Bins of a histogram, points of a drawn function, images of a batch of gradients.
 BINS, POINTS, BATCH = 60, 401, 128
+Ends = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -105,13 +108,26 @@ def learned_shapes(model: nn.Module, *, points: int = POINTS, curves: int | None
 
 
 def _shape(name: str, kaf: KAF, points: int, curves: int | None) -> Shape:
-    """The functions of a KAF layer over its dictionary and a third beyond, and their certified ranges."""
+    """The functions of a KAF layer over its dictionary and a third beyond, and their certified ranges.
+
+    Where nothing certifies it, as with most kernels, all that is known of its slopes is that they are numbers.
+    """
     channels = len(kaf.alpha)
     shown = sorted({i * channels // (curves or channels) for i in range(min(curves or channels, channels))})
     end = 4 / 3 * float(kaf.dictionary.detach().abs().max())
     places = torch.linspace(-end, end, points)
     with torch.no_grad():
         values = kaf(places[:, None].expand(-1, channels).to(kaf.alpha)).t()
+    try:
+        slope, bent = _ranges(kaf)
+    except UnsupportedOperation:
+        slope, bent = (-math.inf, math.inf), None
+    return Shape(name, tuple(places.tolist()), tuple(map(tuple, values[shown].tolist())), slope, bent)
+
+
+def _ranges(kaf: KAF) -> tuple[Ends, Ends | None]:
+    """Certified ranges of f' and f'' on the whole line, of f'' where there is no base."""
+    channels = len(kaf.alpha)
     twin = trace(kaf, kaf.alpha.new_zeros((1, channels)))
     rule = twin.nodes[twin.output].rule
     assert isinstance(rule, Elementwise)
@@ -119,10 +135,5 @@ def _shape(name: str, kaf: KAF, points: int, curves: int | None) -> Shape:
     line = Interval(*(kaf.alpha.detach().new_full((1, channels), sign * torch.inf) for sign in (-1, 1)))
     slope = rule.facts.slope_range(line)
     bent = None if kaf.base is not None else rule.facts.curvature(line)
-    return Shape(
-        name,
-        tuple(places.tolist()),
-        tuple(map(tuple, values[shown].tolist())),
-        (float(slope.lower.min()), float(slope.upper.max())),
-        None if bent is None else (float(bent.lower.min()), float(bent.upper.max())),
-    )
+    ends = (float(slope.lower.min()), float(slope.upper.max()))
+    return ends, None if bent is None else (float(bent.lower.min()), float(bent.upper.max()))

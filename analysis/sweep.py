@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from fractions import Fraction
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from analysis.evaluation import Protocol, evaluate
 from analysis.plain import Record
-from analysis.records import Rate
+from analysis.records import Evaluation, Rate
 from certify.attacks import PGD
-from certify.errors import InvalidFile, InvalidInput, InvalidModel
+from certify.errors import InvalidFile, InvalidInput, InvalidModel, UnsupportedOperation
 from models.data import Dataset, subset
 from models.files import read_json, write
-from models.networks import architecture, build
+from models.networks import architecture, build, said_elsewhere
 from models.training import TrainConfig, train
-from models.training.config import load_toml
-from models.training.fields import read
+from models.training.config import MOST_SEED, load_toml
+from models.training.fields import between, exact_radius, read
 from models.training.recipe import NORMS
 from models.training.records import OnEpoch
 
 #: The sweeps that come with the package, by name.
 SHIPPED = Path(__file__).parent / "sweeps"
+
+#: What says the options of a network that its table must not say.
+SAID_BY = {"activation": "activations", "input_shape": "data", "classes": "data", "sizes": "hidden"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +47,9 @@ class Judge:
 
     def protocol(self) -> Protocol:
         """Return it as the protocol of ``analysis.evaluation``. Raises ``InvalidInput`` for what cannot be meant."""
-        try:
-            radii = tuple(Fraction(radius) for radius in self.radii)
-        except (ValueError, ZeroDivisionError):
-            raise InvalidInput(f"radii {self.radii}", "numbers or fractions", 'radii = ["8/255"]') from None
+        radii = tuple(exact_radius(radius) for radius in self.radii)
+        _once("radii", radii)
+        between("judge.seed", self.seed, 0, MOST_SEED)
         if self.norm not in NORMS or self.samples < 1:
             raise InvalidInput(f"norm {self.norm}, {self.samples} samples", "linf, l2 or l1 and at least one sample")
         attack = PGD(steps=self.steps, restarts=self.restarts, step=self.step)
@@ -72,7 +75,8 @@ class Cell(Record):
 class Result(Record):
     """What came of one network; the rates are None where training failed, which ``status`` then explains.
 
-    ``attacked`` and ``certified`` (by any method) are in the order of the judge's radii.
+    ``attacked`` and ``certified`` (by any method) are in the order of the judge's radii. Of a network that
+    certification refuses nothing is certified: ``status`` says why.
     """
 
     cell: Cell
@@ -105,9 +109,12 @@ class Sweep:
     def __post_init__(self) -> None:
         if not (self.activations and self.networks and self.recipes and self.seeds):
             raise InvalidInput(f"the sweep {self.title!r} without networks", "activations, networks, recipes, seeds")
+        _once("activations", self.activations)
+        _once("seeds", self.seeds)
         self.judge.protocol()
         for recipe in self.recipes:
-            self.config(recipe, 0)
+            for seed in self.seeds:
+                self.config(recipe, seed)
 
     @property
     def cells(self) -> list[Cell]:
@@ -127,6 +134,7 @@ class Sweep:
 
     def architecture(self, cell: Cell, data: Dataset) -> dict[str, Any]:
         """Return what ``models.networks.build`` makes of a cell; an option ``network`` names another than the key."""
+        said_elsewhere(self.networks[cell.network], SAID_BY)
         options = {"mean": list(data.mean), "std": list(data.std), **self.networks[cell.network]}
         network = options.pop("network", cell.network)
         return architecture(network, data.input_shape, data.classes, cell.activation, **options)
@@ -157,8 +165,12 @@ def run(sweep: Sweep, data: Dataset, folder: Path, on_epoch: OnEpoch | None = No
     """Yield the result of every cell, in order; those that ``folder`` holds already are read, the rest is computed.
 
     A cell that was interrupted goes on where it stood. Training that fails, as by a loss that is no longer finite, is
-    a result too. Raises ``InvalidFile`` for a folder that holds another sweep's results, ``KeyboardInterrupt``.
+    a result too, and so is a network that certification refuses. Raises ``InvalidInput`` for networks that cannot be
+    built, before any is trained, ``InvalidFile`` for a folder that holds another sweep's results,
+    ``KeyboardInterrupt``.
     """
+    for cell in {(cell.network, cell.activation): cell for cell in sweep.cells}.values():
+        build(sweep.architecture(cell, data), seed=cell.seed)
     for cell in sweep.cells:
         place, identity = folder / cell.name, sweep.identity(cell, data)
         if (place / "result.json").exists():
@@ -180,27 +192,45 @@ def _run(sweep: Sweep, cell: Cell, data: Dataset, place: Path, on_epoch: OnEpoch
     model = build(sweep.architecture(cell, data), seed=cell.seed)
     config = sweep.config(cell.recipe, cell.seed)
     resume = (place / "resume.safetensors").exists()
-    x, y, index = subset(data.test_x, data.test_y, min(sweep.judge.samples, len(data.test_x)), sweep.judge.seed)
     try:
         trained = train(model, data, config, directory=place, resume=resume, on_epoch=on_epoch)
         if trained.status == "interrupted":
             raise KeyboardInterrupt
-        found = evaluate(trained.model, x, y, sweep.judge.protocol(), index=index, dump=place)
-    except InvalidModel as error:  # a loss or logits that are not finite
+        found, refusal = _judged(sweep.judge, trained.model, data, place)
+    except (InvalidModel, UnsupportedOperation) as error:  # not finite, or a recipe without its bounds
         return Result(cell, f"failed: {error.got}", 0, 0, (), 0.0, None, (), ())
-    places = range(len(found.rows))
+    order = [row.radius for row in found.rows]  # an evaluation's radii grow, the judge's are in any order
+    places = [order.index(exact_radius(radius)) for radius in sweep.judge.radii]
     held = [sum(sample.outcomes[place].verdict == "holds" for sample in found.samples) for place in places]
     return Result(
         cell=cell,
-        status=trained.status,
+        status=f"{trained.status}, not certified: {refusal}" if refusal else trained.status,
         best_epoch=trained.best_epoch,
         epochs=len(trained.records),
         overfitted=trained.overfitted,
         seconds=sum(record.seconds for record in trained.records),
         clean=found.clean,
-        attacked=tuple(row.attacked for row in found.rows),
-        certified=tuple(Rate(count, found.count) for count in held) if found.methods else (),
+        attacked=tuple(found.rows[place].attacked for place in places),
+        certified=tuple(Rate(count, found.count) for count in held) if sweep.judge.methods else (),
     )
+
+
+def _judged(judge: Judge, model: nn.Module, data: Dataset, place: Path) -> tuple[Evaluation, str]:
+    """What the judge finds, and why certification refuses the network, which is attacked all the same (else "")."""
+    x, y, index = subset(data.test_x, data.test_y, min(judge.samples, len(data.test_x)), judge.seed)
+    protocol = judge.protocol()
+    try:
+        return evaluate(model, x, y, protocol, index=index, dump=place), ""
+    except UnsupportedOperation as error:
+        return evaluate(model, x, y, replace(protocol, methods=()), index=index, dump=place), error.got
+
+
+def _once(name: str, values: Sequence[object]) -> None:
+    """Raise ``InvalidInput`` for a value that is there twice, and would be counted twice."""
+    if len(set(values)) < len(values):
+        raise InvalidInput(
+            f"{name} {', '.join(map(str, values))}", "each of them once", "leave out what is there twice"
+        )
 
 
 def _merged(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

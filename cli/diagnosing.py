@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,13 +48,13 @@ def diagnose(
     figures.check_kind(f"plot.{kind}")
     start, model, name, given = _subject(checkpoint, architecture, data)
     shift = 0.0 if radius is None else float(single(radii(radius), "radius"))
+    log = [] if plots is None or checkpoint is None else _log(checkpoint)  # refused before anything is computed
     found = ask(start, model, given.x, given.y, radius=shift, seed=data.seed)
     console.print(f"{name}, on {given.text}\n", soft_wrap=True)
     console.print(table_of(found, trained=checkpoint is not None))
     for sentence in sentences(found, trained=checkpoint is not None):
         console.print(sentence, soft_wrap=True)
     if plots is not None:
-        log = [] if checkpoint is None else _log(checkpoint)
         drawn = {"gradients": figures.gradients(found, log)}
         if found.histograms:
             drawn["histograms"] = figures.histograms(found.histograms)
@@ -66,7 +67,10 @@ def diagnose(
 
 
 def table_of(found: Diagnosis, *, trained: bool) -> Table:
-    """Return a row per layer with its gradients, and per activation with its gain and certified ranges."""
+    """Return a row per layer with its gradients, and per activation with its gain and certified ranges.
+
+    A learned function that nothing certifies has "-" in their place.
+    """
     from cli.theme import number, span, table
 
     columns = ["gradient at start", *(["gradient now"] if trained else []), "gain", "slopes f'", "curvature f''"]
@@ -79,7 +83,7 @@ def table_of(found: Diagnosis, *, trained: bool) -> Table:
     for name, value in found.gains.items():
         shape, ranges = shapes.get(name), ["", ""]
         if shape is not None:
-            ends = [shape.slope, shape.curvature]
+            ends = [shape.slope if math.isfinite(shape.slope[1]) else None, shape.curvature]
             ranges = ["-" if end is None else span(end) for end in ends]
         made.add_row(name, *[""] * (1 + trained), number(value), *ranges)
     return made
@@ -131,8 +135,19 @@ def _subject(checkpoint: Path | None, architecture: ArchitectureOptions, data: D
 
 
 def _log(checkpoint: Path) -> list[dict[str, Any]]:
-    """The lines of the run's log, if it is there."""
+    """The lines of the run's log, if it is there; raises ``InvalidFile`` where it is damaged."""
     import json
 
+    from certify.errors import InvalidFile
+    from models.files import read_bytes
+
     path = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        lines = [json.loads(line) for line in read_bytes(path).splitlines()]
+    except (ValueError, RecursionError):
+        lines = [None]
+    if not all(isinstance(line, dict) for line in lines):
+        raise InvalidFile(f"{path} is damaged or truncated", "an object of JSON per line", "copy it again")
+    return lines

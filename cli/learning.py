@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.options import MOST_SEED
+from cli.settings import assignments, put
+
 if TYPE_CHECKING:
     from models.data import Dataset
-    from models.training import EpochRecord, TrainConfig
+    from models.training import EpochRecord, TrainConfig, TrainingResult
 
 #: Data sets with more training images than this get few epochs by default.
 LARGE, FEW_EPOCHS, MANY_EPOCHS = 10_000, 5, 40
 CNN_WIDTH = 8
+
+#: What says the options of a network that ``--net`` must not say.
+SAID_BY = {
+    "network": "--arch",
+    "activation": "--activation",
+    "hidden": "--hidden",
+    "sizes": "--hidden",
+    "input_shape": "--data",
+    "classes": "--data",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +101,9 @@ def train(
     data: Annotated[str, typer.Option(metavar="NAME", help="digits, mnist, ... (see `certify ops`).")] = "digits",
     data_dir: Annotated[Path | None, typer.Option(metavar="FOLDER", help="torchvision's root folder.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data if it is not there.")] = False,
-    seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Decides everything random [0].")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MOST_SEED, metavar="N", help="Decides everything random [0].")
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="The checkpoint [runs/DATA-ARCH-ACT].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out exactly.")] = False,
 ) -> None:
@@ -103,7 +117,7 @@ def train(
     from models.training import launched
 
     console = open_console()
-    found = sets.load(data, data_dir=data_dir, download=download)
+    found = trainable(sets.load(data, data_dir=data_dir, download=download))
     chosen = config_of(options, found, seed)
     model = build(architecture_of(architecture, found), seed=chosen.seed)
     place = out or Path("runs") / f"{data.rpartition('/')[2]}-{architecture.arch}-{architecture.activation}"
@@ -133,7 +147,7 @@ def _run(model: Any, found: Dataset, config: TrainConfig, place: Path, resume: b
 
         result = train_model(model, found, config, directory=place, resume=resume, on_epoch=say)
     for epoch in result.overfitted:
-        console.print(overfitting_words(epoch, config), soft_wrap=True)
+        console.print(overfitting_words(epoch, config, result), soft_wrap=True)
     if result.status == "interrupted":
         saved = f"the best weights are in {place}; --resume continues" if result.best_epoch else "nothing saved yet"
         typer.echo(f"interrupted; {saved}", err=True)
@@ -157,16 +171,18 @@ def epoch_words(record: EpochRecord) -> str:
     return ", ".join([*parts, seconds(record.seconds), f"{count(round(record.images_per_second))} images/s"])
 
 
-def overfitting_words(epoch: int, config: TrainConfig) -> str:
+def overfitting_words(epoch: int, config: TrainConfig, result: TrainingResult) -> str:
     """Return what was noticed after ``epoch``, and what was done about it."""
     answers = {
         "switch": "went back to the best weights and on with PGD training",
         "stop": "stopped there with the best weights",
         "report": "went on all the same",
     }
+    answered = epoch < len(result.records) or result.status == "overfitted"
+    answer = answers[config.watch.overfitting] if answered else "no epoch came after it; the best weights are kept"
     return (
         f"catastrophic overfitting after epoch {epoch}: {config.recipe.name} holds against its own attack and not "
-        f"against PGD; {answers[config.watch.overfitting]}"
+        f"against PGD; {answer}"
     )
 
 
@@ -180,12 +196,14 @@ def recipe_words(config: TrainConfig) -> str:
 def architecture_of(options: ArchitectureOptions, found: Dataset) -> dict[str, Any]:
     """Return the architecture that the options name, for that data."""
     from cli.parsing import integers
-    from models.networks import architecture
+    from models.networks import architecture, said_elsewhere
 
     given: dict[str, Any] = {"mean": list(found.mean), "std": list(found.std)} if options.normalise else {}
     if options.width is not None or options.arch == "cnn":
         given["width"] = CNN_WIDTH if options.width is None else options.width
-    assignments(options.net or (), given)
+    named = assignments(options.net or (), example="--net width=8")
+    said_elsewhere(named, SAID_BY)
+    given |= named
     hidden = integers(options.hidden, "hidden", "64,64")
     return architecture(options.arch, found.input_shape, found.classes, options.activation, hidden=hidden, **given)
 
@@ -198,46 +216,22 @@ def config_of(options: RunOptions, found: Dataset, seed: int | None) -> TrainCon
     assignments(options.set or (), tables)
     for name, value in vars(options).items():
         if name not in ("config", "set") and value is not None:
-            _put(tables, PLACES.get(name, name), value)
+            put(tables, PLACES.get(name, name), value)
     if seed is not None:
         tables["seed"] = seed
     tables.setdefault("epochs", FEW_EPOCHS if len(found.train_x) > LARGE else MANY_EPOCHS)
     return TrainConfig.from_dict(tables)
 
 
-def assignments(texts: Iterable[str], tables: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return ``tables`` (none by default) with every KEY=VALUE put where its dotted key says."""
-    tables = {} if tables is None else tables
-    for text in texts:
-        _put(tables, *_assignment(text))
-    return tables
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    """The key and the value of KEY=VALUE; a value that is not TOML is a word."""
-    import tomllib
-
+def trainable(found: Dataset) -> Dataset:
+    """Return the data set; raises ``InvalidInput`` where it has test images alone."""
     from certify.errors import InvalidInput
 
-    key, sign, value = text.partition("=")
-    if not (sign and key.strip() and value.strip()):
-        raise InvalidInput(f"--set {text!r}", "KEY=VALUE", "--set optimizer.clip=1.0")
-    try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()
-
-
-def _put(tables: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in nested tables."""
-    from certify.errors import InvalidInput
-
-    *path, last = key.split(".")
-    for name in path:
-        tables = tables.setdefault(name, {})
-        if not isinstance(tables, dict):
-            raise InvalidInput(f"{key} = {value!r}", f"{name} to be a table", "a key such as optimizer.clip")
-    tables[last] = value
+    if len(found.train_x) == 0 or len(found.val_x) == 0:
+        raise InvalidInput(
+            f"{found.name} has test images alone", "training and validation images", "train_images in the file"
+        )
+    return found
 
 
 def _check_place(place: Path, resume: bool) -> None:

@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+#: The largest seed, as in ``models.training.config``, which would import torch.
+MOST_SEED = 2**63 - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
@@ -44,7 +47,7 @@ class DataOptions:
     samples: Annotated[
         int | None, typer.Option(metavar="N", help="Test samples, drawn at random with the seed [200, or all].")
     ] = None
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Decides samples and random starts.")] = 0
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, metavar="N", help="Decides samples and random starts.")] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

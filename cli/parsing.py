@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 from fractions import Fraction
 from typing import Any
 
 from certify.attacks import Attack
 from certify.errors import InvalidInput, unknown_name
 from certify.registry import ATTACKS, lookup
+from models.training.fields import exact, exact_radius
 from models.training.recipe import NORMS
 
 
 def radii(text: str) -> tuple[Fraction, ...]:
     """Return the exact radii of a list such as "2/255,0.1"."""
-    return tuple(_radius(word) for word in items(text, "radius", "2/255,8/255"))
+    return tuple(exact_radius(word) for word in items(text, "radius", "2/255,8/255"))
 
 
 def single(values: tuple[Fraction, ...], name: str) -> Fraction:
@@ -75,23 +75,8 @@ def attack_of(name: str, **options: int | None) -> Attack:
 def share(text: str, name: str) -> Fraction:
     """Return the exact share in [0, 1] that "0.6", "3/5" or "60%" says."""
     word = text.strip()
-    value = _exact(word.removesuffix("%"))
+    value = exact(word.removesuffix("%"))
     value = value / 100 if value is not None and word.endswith("%") else value
     if value is None or not 0 <= value <= 1:
         raise InvalidInput(f"--{name} {text!r}", "a share from 0 to 1", f"--{name} 0.6 or --{name} 60%")
-    return value
-
-
-def _exact(word: str) -> Fraction | None:
-    """The number or fraction that is written, None where there is none; 1e999999999 would take all memory."""
-    try:
-        return None if re.search(r"e[+-]?[\d_]{4}", word, re.IGNORECASE) else Fraction(word)
-    except (ValueError, ZeroDivisionError):
-        return None
-
-
-def _radius(word: str) -> Fraction:
-    value = _exact(word)
-    if value is None or not 0 <= value <= 10**6:
-        raise InvalidInput(f"radius {word!r}", "a number or fraction >= 0", "--radius 8/255 or --radius 0.1")
     return value

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.learning import ArchitectureOptions, RunOptions
-from cli.options import OutputOptions
+from cli.options import MOST_SEED, OutputOptions
 
 #: Rows of the printed curve.
 ROWS = 12
@@ -23,7 +23,9 @@ def lr_find(
     low: Annotated[float, typer.Option(metavar="RATE", help="The first rate.")] = 1e-5,
     high: Annotated[float, typer.Option(metavar="RATE", help="The last rate.")] = 1.0,
     tries: Annotated[int, typer.Option(metavar="N", help="Steps from one to the other.")] = 100,
-    seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Decides everything random [0].")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MOST_SEED, metavar="N", help="Decides everything random [0].")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the curve: .svg, .png or .pdf.")] = None,
 ) -> None:
     """Find the learning rate: the loss while the rate grows.
@@ -33,7 +35,7 @@ def lr_find(
     """
     from analysis import figures
     from cli import output as out
-    from cli.learning import architecture_of, config_of, recipe_words
+    from cli.learning import architecture_of, config_of, recipe_words, trainable
     from cli.theme import number, table
     from models import data as sets
     from models.networks import build
@@ -43,7 +45,7 @@ def lr_find(
     if plot is not None:
         figures.check_kind(plot)
         out.check_target(plot)
-    found = sets.load(data, data_dir=data_dir)
+    found = trainable(sets.load(data, data_dir=data_dir))
     config = config_of(options, found, seed)
     model = build(architecture_of(architecture, found), seed=config.seed)
     curve = find_rate(model, found, config, low=low, high=high, steps=tries)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.options import OutputOptions
+from cli.settings import assignments
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,13 +42,13 @@ def sweep(
     from analysis.summary import summarise
     from analysis.sweep import load_sweep, run
     from cli import output as writer
-    from cli.learning import assignments
+    from cli.learning import trainable
     from models import data as sets
     from models.files import write
 
     console = writer.console(output.json)
     plan = load_sweep(file, assignments(set_ or ()) | ({} if data is None else {"data": data}))
-    found = _fewer(sets.load(plan.data, data_dir=data_dir), images)
+    found = _fewer(trainable(sets.load(plan.data, data_dir=data_dir)), images)
     folder = out or Path("sweeps") / Path(file).stem
     cells = plan.cells
     console.print(
@@ -75,7 +76,10 @@ def sweep(
 
 def result_words(result: Result) -> str:
     """Return one network's line."""
+    from typing import get_args
+
     from cli.theme import percent, seconds
+    from models.training.records import Status
 
     if result.clean is None:
         return f"{result.cell.name}: {result.status}"
@@ -84,7 +88,8 @@ def result_words(result: Result) -> str:
         if rates:
             parts.append(f"{name} {' / '.join(percent(rate.value) for rate in rates)}")
     words = f"{result.cell.name}: {', '.join(parts)} ({seconds(result.seconds)}"
-    return f"{words}, overfitted in epoch {result.overfitted[0]})" if result.overfitted else f"{words})"
+    words = f"{words}, overfitted in epoch {result.overfitted[0]})" if result.overfitted else f"{words})"
+    return words if result.status in get_args(Status) else f"{words}; {result.status}"
 
 
 def heads(plan: Sweep) -> list[str]:

@@ -50,8 +50,8 @@ ACTIVATIONS: dict[str, Factory] = {
 def factory(activation: str | Factory) -> Factory:
     """Return the factory of that name, or the one given.
 
-    A KAF's name may be followed by options of ``KAF``: "kaf-elu:ridge=auto,tails=linear". Raises ``InvalidInput`` for
-    unknown names and options.
+    A KAF's name may be followed by options of ``KAF``: "kaf-elu:ridge=auto,tails=linear", "kaf:trainable=true". Raises
+    ``InvalidInput`` for unknown names and options.
     """
     if callable(activation):
         return activation
@@ -62,6 +62,8 @@ def factory(activation: str | Factory) -> Factory:
     if not words:
         return made
     options = dict(_option(word) for word in words.split(","))
+    if "base" in options:  # a module, which words cannot give
+        raise InvalidInput(f"base = {options['base']!r} of {name}", "a base by name", "relu+kaf or silu+kaf")
     made = partial(made, **options)
     try:
         made(1)
@@ -72,11 +74,13 @@ def factory(activation: str | Factory) -> Factory:
     return made
 
 
-def _option(word: str) -> tuple[str, str | int | float]:
-    """KEY=VALUE, the value as a number where it is one."""
+def _option(word: str) -> tuple[str, str | bool | int | float]:
+    """KEY=VALUE, the value as a number, true or false where it is one."""
     key, sign, text = (part.strip() for part in word.partition("="))
     if not (key and sign and text):
         raise InvalidInput(f"the option {word!r} of an activation", "KEY=VALUE", "kaf-elu:ridge=auto,tails=linear")
+    if text in ("true", "false"):
+        return key, text == "true"
     for kind in (int, float):
         try:
             return key, kind(text)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from certify.registry import ACTIVATIONS
+from models.kaf import KAF
 from models.kwta import KWTA
 from models.training.adversary import attacked
 
@@ -21,9 +22,12 @@ REACH, POINTS = 9.0, 36_001
 
 
 def activations(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the activation modules by name, in their order."""
+    """Return the activation modules by name, in their order; the base of a KAF is a part of it."""
+    kafs = [module for module in model.modules() if isinstance(module, KAF)]
+    inside = {part for kaf in kafs for part in kaf.modules() if part is not kaf}
     kinds = tuple(kind for kind in ACTIVATIONS if isinstance(kind, type) and issubclass(kind, nn.Module))
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    named = ((name, module) for name, module in model.named_modules() if module not in inside)
+    return {name: module for name, module in named if isinstance(module, kinds)}
 
 
 @torch.no_grad()

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from jaxtyping import Float
@@ -181,8 +181,11 @@ def architecture(
 ) -> dict[str, Any]:
     """Return the architecture of a registered network for data of that shape, for ``build``.
 
-    ``hidden`` are the sizes of an mlp's hidden layers; ``options`` go to the network (mean, std, width).
+    ``hidden`` are the sizes of an mlp's hidden layers; ``options`` go to the network (mean, std, width). Raises
+    ``InvalidInput`` for a ``hidden`` that is no list.
     """
+    if not isinstance(hidden, (list, tuple)):
+        raise InvalidInput(f"hidden = {hidden!r}", "a list of sizes, one per hidden layer", "hidden = [64, 64]")
     if network == "mlp":
         shape: dict[str, Any] = {"sizes": [math.prod(input_shape), *hidden, classes]}
     else:
@@ -194,12 +197,13 @@ def build(architecture: dict[str, Any], *, seed: int | None = None) -> Network:
     """Return the network that ``architecture`` describes, in train mode.
 
     With ``seed`` its weights depend on the seed alone and torch's global generator is left as it was. Raises
-    ``InvalidInput`` for unknown networks, activations or options.
+    ``InvalidInput`` for unknown networks, activations or options, and options of the wrong type.
     """
     options = dict(architecture)
     network = options.pop("network", None)
-    if network not in NETWORKS:
+    if not isinstance(network, str) or network not in NETWORKS:
         raise unknown_name("network", network, NETWORKS)
+    _check_types(network, options)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -209,6 +213,26 @@ def build(architecture: dict[str, Any], *, seed: int | None = None) -> Network:
             raise InvalidInput(
                 f"architecture {architecture}", f"the options of {network}", f"check its keys: {error}"
             ) from None
+
+
+def said_elsewhere(options: Iterable[str], places: Mapping[str, str]) -> None:
+    """Raise ``InvalidInput`` for a network's option that is said in another place, which ``places`` names."""
+    for name in options:
+        if name in places:
+            place = places[name]
+            raise InvalidInput(f"{name} as an option of the network", f"{name} by {place}", f"use {place}")
+
+
+#: Options of these types are checked before a network is built: any value is true or false to Python.
+TYPES: dict[Any, str] = {bool: "true or false", int: "a whole number", str: "a word"}
+
+
+def _check_types(network: str, options: Mapping[str, Any]) -> None:
+    """Raise ``InvalidInput`` for a flag, number or word of another type than the network's annotation."""
+    made = NETWORKS[network]
+    for name, kind in get_type_hints(getattr(made, "func", made)).items():
+        if name in options and kind in TYPES and type(options[name]) is not kind:
+            raise InvalidInput(f"{name} = {options[name]!r} of {network}", TYPES[kind], f"leave {name} out")
 
 
 def head(mean: Sequence[float], std: Sequence[float], dims: int) -> OrderedDict[str, nn.Module]:

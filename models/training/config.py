@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from certify.errors import InvalidFile, InvalidInput, unknown_name
 from models.training.adversarial import Standard
 from models.training.fields import between, known, read
 from models.training.recipe import RECIPES, Recipe
+
+#: The largest seed that torch's generators and ours both take.
+MOST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +157,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         between("epochs", self.epochs, 1, math.inf)
         between("batch", self.batch, 1, math.inf)
+        between("seed", self.seed, 0, MOST_SEED)
         between("smoothing", self.smoothing, 0, 1)
         if self.penalties.gradalign and self.recipe.threat is None:
             raise InvalidInput("gradalign without a radius", "an adversarial recipe", "--method fast --radius 8/255")
@@ -169,9 +173,12 @@ class TrainConfig:
         if not isinstance(recipe, Mapping):
             raise InvalidInput(f"recipe = {recipe!r}", "a table with a name", 'recipe = {name = "fast", radius = 0.1}')
         name = recipe.get("name", Standard.name)
-        if name not in RECIPES:
+        if not isinstance(name, str) or name not in RECIPES:
             raise unknown_name("recipe", name, RECIPES)
         options = {key: value for key, value in recipe.items() if key != "name"}
+        if options and not fields(RECIPES[name]):  # type: ignore[arg-type]  # all are dataclasses
+            got = f"{', '.join(options)} for the recipe {name!r}, which takes no options"
+            raise InvalidInput(got, "a recipe that has such options", "--method fast, pgd, ... (see `certify ops`)")
         rest = {key: value for key, value in given.items() if key != "recipe"}
         return read(cls, rest, recipe=read(RECIPES[name], options, where="recipe"))
 

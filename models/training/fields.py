@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -29,13 +30,33 @@ def read(kind: type[T], given: Mapping[str, Any], *, where: str = "", **ready: A
     missing = [item.name for item in fields(kind) if _needed(item) and item.name not in values]  # type: ignore[arg-type]
     if missing:
         name = f"{where}.{missing[0]}" if where else missing[0]
-        raise InvalidInput(f"no {name}", f"a value for {name}", f"set {name} in the file, or --{missing[0]}")
+        raise InvalidInput(f"no {name}", f"a value for {name}", f"{name} = ... in the file, or --set {name}=...")
     return kind(**values)
+
+
+def exact(word: str) -> Fraction | None:
+    """Return the number or fraction that is written, None where there is none that a float could hold.
+
+    An exponent of four digits is not even computed: 1e999999999 would take all memory.
+    """
+    try:
+        found = None if re.search(r"e[+-]?[\d_]{4}", word, re.IGNORECASE) else Fraction(word)
+        return found if found is None or math.isfinite(found) else None
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return None
+
+
+def exact_radius(word: str) -> Fraction:
+    """Return the exact radius that is written; raises ``InvalidInput`` for what is no number from 0 to 1e6."""
+    value = exact(word)
+    if value is None or not 0 <= value <= 10**6:
+        raise InvalidInput(f"radius {word!r}", "a number or fraction from 0 to 1e6", "8/255 or 0.1")
+    return value
 
 
 def between(name: str, value: float, low: float, high: float) -> None:
     """Raise ``InvalidInput`` unless low <= value <= high and value is finite."""
-    if not (math.isfinite(value) and low <= value <= high):
+    if not low <= value <= high or value == math.inf:
         wanted = f"at least {low:g}" if high == math.inf else f"a number from {low:g} to {high:g}"
         raise InvalidInput(f"{name} = {value}", wanted, f"leave {name} out for its default")
 
@@ -75,7 +96,10 @@ def _value(hint: Any, value: Any, name: str) -> Any:
 
 
 def _number(value: float | str, name: str) -> float:
+    found = exact(value) if isinstance(value, str) else value
     try:
-        return float(Fraction(value)) if isinstance(value, str) else float(value)
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise InvalidInput(f"{name} = {value!r}", "a number or a fraction", f'{name} = "8/255"') from None
+        if found is not None:
+            return float(found)
+    except OverflowError:  # an integer beyond all floats
+        pass
+    raise InvalidInput(f"{name} = {value!r}", "a number or a fraction", f'{name} = "8/255"')

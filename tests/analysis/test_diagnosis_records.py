@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -40,6 +41,19 @@ def test_certified_ranges_hold_the_slopes_of_the_drawn_functions(found: Diagnosi
         assert float(steps.max()) > 0.9 * shape.slope[1]  # and are no wider than they need be
         assert shape.curvature is not None
         assert shape.curvature[0] < 0 < shape.curvature[1]
+
+
+@pytest.mark.parametrize("options", ["kernel=laplacian", "kernel=relu", "gamma=2000"])
+def test_functions_that_nothing_certifies_are_diagnosed_all_the_same(options: str) -> None:
+    torch.manual_seed(0)
+    model = mlp([64, 12, 10], f"kaf:{options}").eval()
+    found = diagnose(model, model, torch.rand(8, 1, 8, 8), torch.zeros(8, dtype=torch.long), radius=0.1)
+    assert found.origin is None
+    assert found.gains["act1"] is not None
+    (shape,) = found.shapes
+    assert (shape.slope, shape.curvature) == ((-math.inf, math.inf), None)
+    assert Diagnosis.from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False))) == found
+    assert figures.shapes(found.shapes).axes
 
 
 def test_it_survives_json_and_is_drawn(found: Diagnosis) -> None:

@@ -15,6 +15,7 @@ from analysis.records import Rate
 from analysis.summary import Mean, summarise
 from analysis.sweep import SHIPPED, Judge, Result, Sweep, load_sweep, run
 from certify.errors import InvalidFile, InvalidInput
+from cli.sweeping import result_words
 from models.checkpoint import load as load_checkpoint
 from models.data import Dataset, load, subset
 
@@ -145,6 +146,8 @@ def test_the_shipped_sweeps_are_the_thesis_tables(path: Path, digits: Dataset) -
     [
         ('radii = ["1/50", "0.1"]', 'radii = ["wide"]'),
         ('radii = ["1/50", "0.1"]', 'radii = "0.1"'),
+        ('radii = ["1/50", "0.1"]', 'radii = ["1e9999999"]'),
+        ('radii = ["1/50", "0.1"]', 'radii = ["1e999"]'),
         ("samples = 20", "samples = 0"),
         ('methods = ["ibp"]', 'methods = ["hope"]'),
         ("epochs = 2", "epoch = 2"),
@@ -153,6 +156,14 @@ def test_the_shipped_sweeps_are_the_thesis_tables(path: Path, digits: Dataset) -
         ('title = "small"', ""),
         ("[judge]", "[jury]"),
         ("hidden = [8]", 'hidden = [8]\nshape = "round"'),
+        ("hidden = [8]", "hidden = 32"),
+        ("hidden = [8]", "classes = 12"),
+        ("hidden = [8]", 'activation = "relu"'),
+        ('activations = ["relu", "kaf-elu"]', 'activations = ["relu", "relu"]'),
+        ("seeds = [0, 1]", "seeds = [0, 1, 0]"),
+        ("seeds = [0, 1]", "seeds = [9223372036854775808]"),
+        ("samples = 20", "seed = 9223372036854775808"),
+        ('radii = ["1/50", "0.1"]', 'radii = ["1/10", "0.1"]'),
     ],
 )
 def test_refuses_plans_that_cannot_be_meant(old: str, new: str, digits: Dataset, tmp_path: Path) -> None:
@@ -160,6 +171,44 @@ def test_refuses_plans_that_cannot_be_meant(old: str, new: str, digits: Dataset,
     with pytest.raises(InvalidInput) as error:
         next(run(load_sweep(tmp_path / "plan.toml"), digits, tmp_path / "out"))
     assert len(str(error.value).splitlines()) <= 3
+
+
+def test_nothing_is_trained_where_a_network_cannot_be_built(plan: Sweep, digits: Dataset, tmp_path: Path) -> None:
+    wrong = replace(plan, activations=("relu", "kfa"))
+    with pytest.raises(InvalidInput, match="unknown activation 'kfa'"):
+        next(run(wrong, digits, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_network_that_is_not_certified_is_attacked_all_the_same(plan: Sweep, digits: Dataset, tmp_path: Path) -> None:
+    networks, train = {"mlp": {"hidden": [8]}}, {"epochs": 1}
+    mixed = replace(plan, activations=("kwta", "relu"), networks=networks, recipes={"standard": {}}, train=train)
+    results = list(run(mixed, digits, tmp_path / "out"))
+    assert [result.cell for result in results] == mixed.cells
+    for result in results[:2]:
+        assert result.status.startswith("finished, not certified: k-winners-take-all at 'act1'")
+        assert result.clean is not None
+        assert [rate.total for rate in result.attacked] == [20, 20]
+        assert [rate.count for rate in result.certified] == [0, 0]
+        assert "not certified: k-winners" in result_words(result)
+    assert [result.status for result in results[2:]] == ["finished"] * 2
+    assert [row.failed for row in summarise(results)] == [0, 0]
+
+
+def test_training_on_bounds_that_there_are_not_is_a_result(plan: Sweep, digits: Dataset, tmp_path: Path) -> None:
+    recipes = {"ibp": {"recipe": {"name": "ibp", "radius": 0.05}}}
+    refused = replace(plan, activations=("kwta",), seeds=(0,), recipes=recipes)
+    for result in run(refused, digits, tmp_path / "out"):
+        assert result.status.startswith("failed: k-winners-take-all")
+        assert result.clean is None
+
+
+def test_rates_are_in_the_order_of_the_judges_radii(plan: Sweep, digits: Dataset, tmp_path: Path) -> None:
+    small = replace(plan, networks={"mlp": {"hidden": [8]}}, seeds=(0,))
+    turned = replace(small, judge=replace(plan.judge, radii=("0.1", "1/50")))
+    first, second = (next(run(sweep, digits, tmp_path / sweep.judge.radii[0])) for sweep in (small, turned))
+    assert first.attacked[0] != first.attacked[1]
+    assert (second.attacked, second.certified) == (first.attacked[::-1], first.certified[::-1])
 
 
 def test_pictures_are_the_same_bytes_every_time(plan: Sweep, digits: Dataset, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def case(name: str, epochs: int | None = None) -> None:
     result = train(model, data, config, on_epoch=lambda record: print(f"  {epoch_words(record)}", flush=True))
     seconds = time.process_time() - started
     for epoch in result.overfitted:
-        print(f"  {overfitting_words(epoch, config)}")
+        print(f"  {overfitting_words(epoch, config, result)}")
     clean = accuracy(model, data.test_x, data.test_y)
     print(f"{name}: {config.epochs} epochs, {seconds:.0f} CPU s; clean {clean:.4f}")
     x, y, radius = data.test_x, data.test_y, RADII[config.recipe.certified]

@@ -43,6 +43,7 @@ CASES = {
     "NaN in a checkpoint": ("report poisoned", 5),
     "a pickle offered as checkpoint": ("report evil.pt", 5),
     "an unknown architecture in a checkpoint": ("report strange", 5),
+    "a list of networks in a checkpoint": ("report listed", 5),
     "a newer schema": ("report newer", 5),
     "negative radius": ("report net --radius -1/255", 2),
     "NaN radius": ("report net --radius nan", 2),
@@ -129,6 +130,7 @@ CASES = {
     "an option that is none": ("train --set optimiser.clip=1", 2),
     "an option inside a number": ("train --set batch=3 --set batch.clip=1", 2),
     "a radius that is no number": ("train --method fast --radius wide", 2),
+    "a training radius too large to write down": ("train --method fast --radius 1e999999999", 2),
     "no config file": ("train --config absent.toml", 5),
     "a config file that is none": ("train --config net/model.json", 5),
     "rates the wrong way round": ("lr-find --low 1 --high 0.1", 2),
@@ -139,8 +141,24 @@ CASES = {
     "a sweep changed to nonsense": ("sweep vgg-fastat --set judge.steps=0", 2),
     "a diagnosis of nothing": ("diagnose absent", 5),
     "a diagnosis drawn in no kind": ("diagnose net --kind bmp", 2),
+    "a diagnosis with a torn log": ("diagnose logged --samples 4 --plots pictures", 5),
+    "a diagnosis with another log": ("diagnose listing --samples 4 --plots pictures", 5),
     "a diagnosis at two radii": ("diagnose net --radius 0.1,0.2", 2),
     "an option that the network lacks": ("train --net depth=3", 2),
+    "hidden layers as an option of the network": ("train --net hidden=32", 2),
+    "classes as an option of the network": ("train --arch cnn --net classes=12", 2),
+    "a network as an option of the network": ("train --net network=cnn", 2),
+    "an option of the network without a value": ("train --net foo", 2),
+    "a flag of the network that is none": ("train --arch resnet20 --net preactivation=no", 2),
+    "a seed beyond the last": ("train --seed 18446744073709551616", 2),
+    "samples of a seed beyond the last": ("report net --seed 18446744073709551616", 2),
+    "rates of a seed beyond the last": ("lr-find --seed 9223372036854775808", 2),
+    "a seed beyond the last in the config": ("train --set seed=9223372036854775808", 2),
+    "a list of recipes": ('train --set recipe.name=["fast"]', 2),
+    "a radius for standard training": ("train --radius 0.1", 2),
+    "a recipe without its noise": ("train --method noise", 2),
+    "rates on data without training images": ("lr-find --data npz:labels.npz", 2),
+    "a sweep on data without training images": ("sweep vgg-fastat --data npz:labels.npz --images 3", 2),
     "hidden layers that are none": ("train --hidden 64,zero", 2),
     "a folder that holds a run": ("train --out net", 2),
     "nothing to resume": ("train --out empty --resume", 5),
@@ -175,7 +193,12 @@ def plant(folder: Path) -> None:
     checkpoint("poisoned", poisoned, json.dumps({**meta, "weights_sha256": digest}).encode())
     strange = {**meta, "architecture": {**meta["architecture"], "network": "oracle"}}
     checkpoint("strange", weights, json.dumps(strange).encode())
+    listed = {**meta, "architecture": {**meta["architecture"], "network": ["mlp"]}}
+    checkpoint("listed", weights, json.dumps(listed).encode())
     checkpoint("newer", weights, json.dumps({**meta, "schema_version": 99}).encode())
+    for name, line in (("logged", '{"epoch": 2, "gradi'), ("listing", "[]")):
+        checkpoint(name, weights, text)
+        (folder / name / "log.jsonl").write_text(f'{{"epoch": 1}}\n{line}')
     (folder / "evil.pt").write_bytes(pickle.dumps(Evil()))
     torch.save({"0.weight": torch.ones(3, 3)}, folder / "other.pt")
     torch.save([torch.ones(3)], folder / "list.pt")
@@ -209,6 +232,27 @@ def test_bad_input(words: str, code: int, folder: Path, capsys: pytest.CaptureFi
     assert "internal" not in captured.err
     assert max(map(len, lines)) < 420
     assert snapshot(folder) == before
+
+
+#: Command line, and what the refusal must name.
+NAMED = {
+    "train --net hidden=32": "use --hidden",
+    "train --arch cnn --net classes=12": "use --data",
+    "train --net network=cnn": "use --arch",
+    "train --net foo": "--net 'foo'",
+    "train --set foo": "--set 'foo'",
+    "train --arch resnet20 --net preactivation=no": "true or false",
+    "train --method noise": "--set recipe.sigma=",
+    "train --radius 0.1": "--method",
+    "lr-find --data npz:labels.npz": "test images alone",
+}
+
+
+@pytest.mark.parametrize("words", NAMED)
+def test_refusals_name_what_is_meant(words: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plant(folder)
+    assert main(words.split()) == 2
+    assert NAMED[words] in capsys.readouterr().err
 
 
 def test_there_are_at_least_thirty() -> None:

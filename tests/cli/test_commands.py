@@ -243,6 +243,14 @@ def test_diagnose_prints_and_draws(folder: Path, capsys: Capture) -> None:
     assert set(found["gains"]) == {"act1", "act2"}
 
 
+def test_diagnose_shows_no_range_where_nothing_certifies_one(folder: Path, capsys: Capture) -> None:
+    text = said(capsys, "diagnose --activation kaf:kernel=laplacian --hidden 8 --samples 8")
+    (line,) = (line.split() for line in text.splitlines() if line.split()[:1] == ["act1"])
+    assert line[2:] == ["-", "-"]
+    text = said(capsys, "diagnose --activation silu+kaf --hidden 8 --samples 8")
+    assert "act1.base" not in text
+
+
 @pytest.mark.slow
 def test_diagnose_shows_the_explosion_of_the_published_network(folder: Path, capsys: Capture) -> None:
     words = "diagnose --arch resnet56 --activation kaf --net width=4 --samples 16"
@@ -282,6 +290,23 @@ def test_an_interrupted_training_says_what_is_saved(
     assert run("train --hidden 4 --epochs 3 --out run") == 130
     assert "--resume continues" in capsys.readouterr().err
     assert (folder / "run" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("answer", ["switch", "stop", "report"])
+def test_what_was_done_about_overfitting_is_what_was_done(
+    folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    monkeypatch.setattr("models.training.loop.overfits", lambda record: record.epoch == 2)
+    words = "train --hidden 4 --method fast --radius 0.1 --set watch.overfitting={} --epochs {} --out {}"
+    last = " ".join(said(capsys, words.format(answer, 2, "last")).split())
+    assert "overfitting after epoch 2" in last
+    assert "no epoch came after it; the best weights are kept" in last
+    assert "went" not in last
+    assert "stopped" not in last
+    more = " ".join(said(capsys, words.format(answer, 3, "more")).split())
+    done = {"switch": "on with PGD training", "stop": "stopped there with the best", "report": "went on all the same"}
+    assert done[answer] in more
+    assert "no epoch came after" not in more
 
 
 def test_ctrl_c_says_so(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

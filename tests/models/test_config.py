@@ -44,6 +44,9 @@ def test_a_file_says_it_all(tmp_path: Path) -> None:
         {"epochs": 2.5},
         {"epochs": True},
         {"batch": 0},
+        {"seed": -1},
+        {"seed": 2**63},
+        {"seed": 10**400},
         {"smoothing": 1.5},
         {"epoch": 3},
         {"optimizer": {"lr": math.nan}},
@@ -60,9 +63,14 @@ def test_a_file_says_it_all(tmp_path: Path) -> None:
         {"penalties": {"gradalign": 0.1}},
         {"recipe": "fast"},
         {"recipe": {"name": "slow"}},
+        {"recipe": {"name": ["fast"]}},
+        {"recipe": {"radius": 0.1}},
         {"recipe": {"name": "fast"}},
         {"recipe": {"name": "fast", "radius": 0}},
         {"recipe": {"name": "fast", "radius": "8/0"}},
+        {"recipe": {"name": "fast", "radius": "1e999999999"}},
+        {"recipe": {"name": "fast", "radius": "1e999"}},
+        {"optimizer": {"weight_decay": 10**400}},
         {"recipe": {"name": "fast", "radius": 0.1, "norm": "l3"}},
         {"recipe": {"name": "fast", "radius": 0.1, "beta": 3}},
         {"recipe": {"name": "pgd", "radius": 0.1, "steps": 0}},
@@ -74,6 +82,20 @@ def test_refuses_what_cannot_be_meant(given: dict) -> None:
     with pytest.raises(InvalidInput) as error:
         TrainConfig.from_dict(given)
     assert len(str(error.value).splitlines()) <= 3
+
+
+def test_refusals_name_options_that_exist() -> None:
+    with pytest.raises(InvalidInput, match=r"--set recipe\.sigma=") as error:
+        TrainConfig.from_dict({"recipe": {"name": "noise"}})
+    assert "--sigma" not in str(error.value)
+    with pytest.raises(InvalidInput, match="'standard', which takes no options") as error:
+        TrainConfig.from_dict({"recipe": {"radius": 0.1}})
+    assert "--method fast" in error.value.remedy
+
+
+def test_every_seed_that_is_taken_can_be_used() -> None:
+    seed = TrainConfig(seed=2**63 - 1).seed
+    assert torch.Generator().manual_seed(seed).initial_seed() == seed
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -120,6 +120,12 @@ def test_infinite_gradients_and_parameters_are_named() -> None:
     assert nan_origin(model, x, y) == "the parameter 2.bias"
 
 
+@pytest.mark.parametrize("name", ["silu+kaf", "relu+kaf"])
+def test_the_base_of_a_kaf_is_no_layer_of_its_own(name: str) -> None:
+    assert list(activations(mlp([6, 5, 4, 3], name))) == ["act1", "act2"]
+    assert list(activations(factory(name)(3))) == [""]
+
+
 def test_activations_and_their_channels_are_found() -> None:
     model = mlp([6, 5, 4, 3], "kaf").eval()
     assert list(activations(model)) == ["act1", "act2"]

@@ -53,10 +53,23 @@ def test_kafs_take_options_by_name() -> None:
     same = KAF(1, init="elu", size=12, ridge="auto")
     assert (kaf.tails, len(kaf.dictionary), kaf.fit.ridge) == ("linear", 12, same.fit.ridge)
     assert mlp([4, 3, 2], "kaf:bound=2.5").architecture["activation"] == "kaf:bound=2.5"
-    for bad in ("kaf:depth=3", "kaf:size", "relu:slope=1", "kaf:size=1", "swash:size=3"):
+    for bad in ("kaf:depth=3", "kaf:base=relu", "kaf:size", "relu:slope=1", "kaf:size=1", "swash:size=3"):
         with pytest.raises(InvalidInput) as error:
             factory(bad)
         assert len(str(error.value).splitlines()) <= 3
+
+
+def test_flags_of_kafs_are_true_or_false() -> None:
+    assert not factory("kaf-free:trainable=false")(2).trainable
+    assert isinstance(factory("kaf:trainable=true")(2).dictionary, nn.Parameter)
+    fixed = factory("kaf:trainable=false")(2)
+    assert fixed.trainable is False
+    assert [name for name, _ in fixed.named_parameters()] == ["alpha"]
+
+
+def test_a_base_in_words_is_refused_with_the_names_that_have_one() -> None:
+    with pytest.raises(InvalidInput, match=r"relu\+kaf or silu\+kaf"):
+        factory("kaf:base=relu")
 
 
 def winners(x: Tensor, ratio: float) -> Tensor:

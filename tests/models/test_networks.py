@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import certify
+import models
 from certify.errors import CertifyError, InvalidInput
 from models import KAF, cnn, mlp
 from models.activations import ACTIVATIONS
@@ -77,6 +78,9 @@ def test_a_vector_input_is_a_batch_of_rows() -> None:
         lambda: cnn((28, 28), 10),
         lambda: cnn((1, 3, 3), 10),
         lambda: build({"network": "transformer"}),
+        lambda: build({"network": ["mlp"]}),
+        lambda: architecture("mlp", (4,), 2, "relu", hidden=32),
+        lambda: build({"network": "cnn", "input_shape": [1, 8, 8], "classes": 4, "width": True}),
         lambda: build({"network": "mlp", "sizes": [4, 2], "colour": "red"}),
         lambda: build({"network": "mlp"}),
         lambda: build({"network": "mlp", "sizes": 3}),
@@ -87,6 +91,19 @@ def test_refuses_what_cannot_be_built(make) -> None:
     with pytest.raises(InvalidInput) as error:
         make()
     assert len(str(error.value).splitlines()) <= 3
+
+
+def test_wrong_types_are_told_by_the_option() -> None:
+    with pytest.raises(InvalidInput, match=r"^hidden = 32"):
+        architecture("mlp", (4,), 2, "relu", hidden=32)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match=r"^batchnorm = 'no' of cnn7\nexpected: true or false"):
+        build(architecture("cnn7", (1, 8, 8), 4, "relu", batchnorm="no"))
+
+
+def test_the_package_exports_what_errors_name() -> None:
+    assert models.build is build
+    assert models.architecture is architecture
+    assert not [name for name in models.__all__ if not hasattr(models, name)]
 
 
 COUNTS = {
@@ -210,6 +227,9 @@ def test_torchvision_networks_are_bounded_where_their_operations_are_known() -> 
         {"network": "resnet20", "input_shape": [3, 2, 2]},
         {"network": "resnet20", "init": "lucky"},
         {"network": "resnet20", "depth": 8},
+        {"network": "resnet20", "preactivation": "no"},
+        {"network": "resnet20", "preactivation": 0},
+        {"network": "cnn7", "batchnorm": "false"},
         {"network": "cnn7", "width": 0},
         {"network": "resnet57"},
     ],
