@@ -139,14 +139,14 @@ class Sweep:
         network = options.pop("network", cell.network)
         return architecture(network, data.input_shape, data.classes, cell.activation, **options)
 
-    def identity(self, cell: Cell, data: Dataset) -> str:
-        """Return a hash of all that decides a cell's result."""
+    def identity(self, cell: Cell, data: Dataset, images: str) -> str:
+        """Return a hash of all that decides a cell's result; ``images`` is one of the data's images and labels."""
         config = self.config(cell.recipe, cell.seed).to_dict()
         facts = {
             "architecture": self.architecture(cell, data),
             "config": {key: value for key, value in config.items() if key != "engine"},
             "judge": vars(self.judge),
-            "data": [data.name, list(data.train_x.shape), list(data.test_x.shape)],
+            "data": [data.name, images],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=list).encode()).hexdigest()
 
@@ -171,8 +171,9 @@ def run(sweep: Sweep, data: Dataset, folder: Path, on_epoch: OnEpoch | None = No
     """
     for cell in {(cell.network, cell.activation): cell for cell in sweep.cells}.values():
         build(sweep.architecture(cell, data), seed=cell.seed)
+    images = data.digest()
     for cell in sweep.cells:
-        place, identity = folder / cell.name, sweep.identity(cell, data)
+        place, identity = folder / cell.name, sweep.identity(cell, data, images)
         if (place / "result.json").exists():
             found = read_json(place / "result.json")
             if found.get("identity") != identity:

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from certify.errors import InvalidFile, InvalidInput, unknown_name
+from models.files import digest
 
 #: The seed of every split: a split is part of the data set, not of an experiment.
 SPLIT_SEED = 0
@@ -45,6 +46,10 @@ class Dataset:
     def input_shape(self) -> tuple[int, ...]:
         """The shape of one sample."""
         return tuple(self.test_x.shape[1:])
+
+    def digest(self) -> str:
+        """Return a SHA-256 of all images and labels."""
+        return digest({name: value for name, value in vars(self).items() if isinstance(value, Tensor)})
 
 
 def load(name: str, *, data_dir: str | Path | None = None, download: bool = False) -> Dataset:

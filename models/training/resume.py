@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from certify.errors import InvalidFile
 from models.checkpoint import fill
 from models.data import Dataset
-from models.files import digest, pack, read_bytes, unpack, write
+from models.files import pack, read_bytes, unpack, write
 from models.networks import Network
 from models.training.average import Average
 from models.training.config import TrainConfig
@@ -116,8 +116,7 @@ def identity_of(model: nn.Module, config: TrainConfig, data: Dataset) -> dict[st
     """Return what must be equal for a resume to be exact, by dotted names; where it is computed may differ."""
     options = {key: value for key, value in _flat(config.to_dict()).items() if not key.startswith("engine.")}
     network = model.architecture if isinstance(model, Network) else None
-    images = digest({"x": data.train_x, "y": data.train_y, "val_x": data.val_x, "val_y": data.val_y})
-    return {**options, **_flat({"network": network}), "data": data.name, "training data": images}
+    return {**options, **_flat({"network": network}), "data": data.name, "images": data.digest()}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -83,6 +83,12 @@ def test_an_interrupted_sweep_goes_on_where_it_stood(plan: Sweep, digits: Datase
     assert replace(again, seconds=0.0) == replace(whole, seconds=0.0)
 
 
+def test_results_of_other_images_are_refused(plan: Sweep, digits: Dataset, tmp_path: Path) -> None:
+    next(run(plan, digits, tmp_path / "out"))
+    with pytest.raises(InvalidFile, match="another sweep"):
+        next(run(plan, replace(digits, test_x=1 - digits.test_x), tmp_path / "out"))
+
+
 def test_results_of_another_plan_are_refused(plan: Sweep, digits: Dataset, tmp_path: Path) -> None:
     next(run(plan, digits, tmp_path / "out"))
     for other in (replace(plan, train={"epochs": 3}), replace(plan, judge=replace(plan.judge, steps=4))):

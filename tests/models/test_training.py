@@ -286,9 +286,9 @@ def test_resume_refuses_another_run(digits: Dataset, tmp_path: Path) -> None:
     for model, data, changed, word in (
         (network(), digits, replace(config, optimizer=Optimizer(lr=0.1)), "optimizer.lr changed"),
         (network(), digits, replace(config, recipe=Fast(radius=0.1)), "recipe.name"),
-        (network(), other, config, "training data changed"),
-        (network(), replace(digits, train_x=1 - digits.train_x), config, "training data changed"),
-        (network(), replace(digits, val_x=1 - digits.val_x), config, "training data changed"),
+        (network(), other, config, "images changed"),
+        (network(), replace(digits, train_x=1 - digits.train_x), config, "images changed"),
+        (network(), replace(digits, val_x=1 - digits.val_x), config, "images changed"),
         (network(hidden=17), digits, config, "network.sizes changed"),
         (network("kaf-relu"), digits, config, "network.activation changed"),
     ):
