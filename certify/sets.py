@@ -73,7 +73,8 @@ class PerturbationSet(ABC):
     def stride(self, a: Float[Tensor, "batch *shape"], length: float | None) -> Float[Tensor, "batch *shape"]:
         """Return the step that raises <a, x> most, of the given length in the set's norm; None means the radius.
 
-        The data range is ignored: ``project`` follows. Attacks climb by it.
+        ``project`` follows, into the data range, which in l1 alone spreads the step over more coordinates and shortens
+        it. Attacks climb by it.
         """
 
     @abstractmethod

@@ -57,8 +57,7 @@ class FMN(Attack):
         ball, nearest = ball_of(domain, "fmn"), Nearest(domain)
         lowest = objective.rows(ball.center, spec).argsort(1)[:, :CONSIDERED]
         values, falls = linear_rows(objective, ball.center, spec, lowest)
-        owner = torch.arange(domain.batch, device=values.device).repeat_interleave(values.shape[1])
-        reach = values / dual_norm(ball.take(owner), falls.flatten(0, 1)).view_as(values)
+        reach = values / dual_norm(ball.p, falls.flatten(0, 1)).view_as(values)
         x = ball.center
         for goal in lowest.gather(1, reach.argsort(1)[:, : self.targets]).unbind(1):
             x = self._towards(goal, objective, ball, spec, nearest)
@@ -79,7 +78,7 @@ class FMN(Attack):
             closest = torch.where(broken, torch.minimum(closest, distance), closest)
             share = annealed(k, self.steps)
             change = LAST + (FIRST - LAST) * share
-            guess = distance + OVERSHOOT * value.clamp(min=0) / dual_norm(ball, gradient)
+            guess = distance + OVERSHOOT * value.clamp(min=0) / dual_norm(ball.p, gradient)
             grown = torch.where(closest < math.inf, radius * (1 + change), guess)
             radius = torch.where(broken, torch.minimum(radius * (1 - change), closest), grown)
             tried = ball.with_radius(torch.minimum(radius, ball.radius))

@@ -60,10 +60,10 @@ def ball_of(domain: PerturbationSet, name: str) -> LpBall:
     return domain
 
 
-def dual_norm(ball: LpBall, gradient: Float[Tensor, "batch *shape"]) -> Float64[Tensor, "batch"]:
-    """Return what a linear function rises by along a step of length 1 in the ball's norm: the dual norm, above 0."""
-    rise = (gradient.double() * ball.stride(gradient, 1.0).double()).flatten(1).sum(1)
-    return rise.clamp(min=TINY)
+def dual_norm(p: float, gradient: Float[Tensor, "batch *shape"]) -> Float64[Tensor, "batch"]:
+    """Return what a linear function rises by along a step of length 1 in the p-norm: the dual norm, above 0."""
+    dual = {torch.inf: 1.0, 2.0: 2.0, 1.0: torch.inf}[p]
+    return torch.linalg.vector_norm(gradient.double().flatten(1), dual, dim=1).clamp(min=TINY)
 
 
 def linear_rows(

@@ -14,6 +14,7 @@ from certify.attacks.losses import LOSSES
 from certify.errors import InvalidInput, InvalidModel
 from certify.sets import Box, LpBall
 from certify.specs import Spec, class_margins
+from models import mlp
 
 
 def _affine(inputs: int = 12, classes: int = 4, batch: int = 20) -> tuple[nn.Linear, Tensor, Spec]:
@@ -87,6 +88,18 @@ def test_minimum_norm_attacks_find_the_distance_to_the_nearest_plane(attack: Att
     truth, found = _distance(model, x, spec, p), ball.distance(result.witness)
     assert bool((found >= truth * (1 - 1e-9)).all())
     assert bool((found <= truth * 1.05 + 1e-3).all()), (found / truth).max()
+
+
+@pytest.mark.parametrize("p", [1, 2, torch.inf])
+def test_deepfool_arrives_in_float32_and_beside_a_data_range(p: float) -> None:
+    """Its last steps are smaller than rounding, and pixels at an end of the range stand still."""
+    torch.manual_seed(0)
+    model, x = mlp([16, 32, 32, 4]).eval(), torch.rand(100, 16)
+    ball, spec = LpBall(x, 64.0, p, (0.0, 1.0)), class_margins(model(x).argmax(1), 4)
+    result = DeepFool()(model, ball, spec)
+    assert bool(result.success.all())
+    nearest = ball.distance(FMN()(model, ball, spec, generator=torch.arange(100)).witness)
+    assert float((ball.distance(result.witness) / nearest).median()) < 1.8
 
 
 def test_minimum_norm_attacks_keep_to_the_data_range_and_the_radius() -> None:
