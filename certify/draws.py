@@ -83,7 +83,8 @@ class Draws:
 
 def sample_seeds(seed: int, index: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
     """Return one seed per sample of a run with that seed; ``index`` are the samples' places in their data set."""
-    return index.long() + seed * 2**32
+    high = int(_mixed(torch.tensor(seed >> 32)))  # 0 for seeds below 2^32: theirs lie 2^32 apart
+    return index.long() + ((high + (seed << 32) + 2**63) % 2**64 - 2**63)
 
 
 def _mixed(z: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import the function of that name from here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from certify.attacks import PGD
 from certify.attacks.base import evaluating
+from certify.errors import InvalidInput
 from certify.propagate.methods import BoundMethod
 from certify.results import Certificate, Verdict
 from certify.sets import Clip, LpBall, Radius
@@ -27,7 +28,7 @@ LISTED = 5
 def assert_certified(
     model: nn.Module,
     x: Tensor,
-    label: int | Tensor,
+    label: int | Sequence[int] | Tensor,
     radius: Radius,
     *,
     p: float = torch.inf,
@@ -41,17 +42,24 @@ def assert_certified(
     raises for models and sets that cannot be bounded.
     """
     __tracebackhide__ = True
-    alone = isinstance(label, int) or label.ndim == 0
-    batch = x[None] if alone else x
-    labels = torch.as_tensor(label, device=x.device).reshape(-1)
-    with evaluating(model), torch.no_grad():
-        classes = model(batch[:1]).shape[1]
-    ball = LpBall(batch, radius, p, clip)
+    given = torch.as_tensor(label, device=x.device)
+    batch, labels = (x[None] if given.ndim == 0 else x), given.reshape(-1)
+    spec = class_margins(labels, _classes(model, batch), batch.dtype)
     with torch.random.fork_rng(devices=[]):  # a test's own random numbers stay what they are
-        torch.manual_seed(0)
-        found = prove(model, ball, class_margins(labels, classes, batch.dtype), method, attack=PGD(restarts=3))
+        torch.default_generator.manual_seed(0)
+        found = prove(model, LpBall(batch, radius, p, clip), spec, method, attack=PGD(restarts=3))
     if not bool(found.holds.all()):
         pytest.fail(_words(found, labels, radius), pytrace=False)
+
+
+def _classes(model: nn.Module, x: Tensor) -> int:
+    """The number of the model's outputs."""
+    with evaluating(model), torch.no_grad():
+        outputs = model(x[:1])
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise InvalidInput(f"a model with outputs {shape}", "logits [batch, classes]", "a wrapper that returns logits")
+    return outputs.shape[1]
 
 
 @pytest.fixture(name="assert_certified", scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from certify.draws import Draws
+from certify.draws import Draws, sample_seeds
 from certify.sets import Box, LpBall
 
 MASK = 2**64 - 1
@@ -24,6 +24,13 @@ def test_the_numbers_are_those_of_splitmix64(seed: int) -> None:
     truth = [(_mix((start + (k + 1) * golden) & MASK) >> 11) * 2.0**-53 for k in range(6)]
     draws = Draws(torch.tensor([seed]), 1)
     assert [*draws.uniform(4)[0].tolist(), *draws.uniform(2)[0].tolist()] == truth
+
+
+def test_seeds_of_all_sizes_give_samples_seeds_of_their_own() -> None:
+    index = torch.arange(3)
+    assert sample_seeds(5, index).tolist() == [5 * 2**32, 5 * 2**32 + 1, 5 * 2**32 + 2]
+    found = [sample_seeds(seed, index) for seed in (0, 1, 2**31, 2**32, 2**32 + 1, 2**33, 2**63 - 1)]
+    assert len(torch.cat(found).unique()) == 3 * len(found)
 
 
 def test_a_samples_numbers_depend_on_its_own_seed_alone() -> None:

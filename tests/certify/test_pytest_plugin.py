@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from certify.errors import InvalidInput
 from certify.pytest_plugin import assert_certified
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +34,15 @@ def test_it_passes_below_the_true_distance_and_fails_above() -> None:
         assert_certified(_net(), x, 0, 0.301)
     with pytest.raises(pytest.fail.Exception, match="1 of 2 samples"):
         assert_certified(_net(), torch.tensor([[0.8], [0.6]]), torch.tensor([0, 0]), 0.2)
+
+
+def test_labels_may_be_a_list_and_other_outputs_are_refused() -> None:
+    assert_certified(_net(), torch.tensor([[0.8], [0.1]]), [0, 1], 0.2)
+    for outputs in (lambda y: y[:, 0], lambda y: (y, y)):
+        model = _net()
+        model.register_forward_hook(lambda _, __, y, outputs=outputs: outputs(y))
+        with pytest.raises(InvalidInput, match="a model with outputs"):
+            assert_certified(model, torch.tensor([[0.8]]), [0], 0.1)
 
 
 def test_what_is_neither_proved_nor_broken_is_unknown() -> None:
