@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from analysis.evaluation import evaluate, fit
+from analysis.chunk import Batch, Keep
+from analysis.evaluation import evaluate, fit, tally
 from analysis.plain import Record
 from analysis.protocol import Protocol
-from analysis.records import Evaluation, Rate
+from analysis.records import Evaluation, Rate, SampleRecord
 from certify import certified_radius, class_margins
-from certify.attacks import FMN, Ensemble
+from certify.attacks import FMN, Bisection, Ensemble
 from certify.errors import InvalidInput, SoundnessAlarm
+
+#: Rows that the search for the nearest adversarial example aims at, those that look nearest.
+ROWS = 9
 
 
 @dataclass(frozen=True)
 class RadiusPair(Record):
     """One image: the radius up to which it was proved, and the distance of the nearest adversarial example found.
+
+    ``certified`` is the larger of the last method's radius, bisected, and of the radii asked for at which any method
+    proved it; ``adversarial`` is the distance of the nearest of all that the attacks found, FMN's and bisected ones.
 
     ``certified`` is 0 where nothing was proved, ``adversarial`` None where none was found. The true distance lies
     between the two.
@@ -37,8 +45,9 @@ class RadiusPair(Record):
 class Sandwich(Record):
     """One network: accuracies per radius after PGD alone (``first``), after all attacks and certified (``last``).
 
-    ``pairs`` are the radii of the images that are right unchanged. Per image, what the ensemble leaves whole PGD leaves
-    whole too, and what is certified the ensemble leaves whole: anything else is a ``SoundnessAlarm``.
+    ``pairs`` are the radii of the images that are right unchanged. Per image, ``last`` counts as broken what either
+    broke, so what it leaves whole PGD leaves whole too; what is certified no attack breaks, at any radius up to that:
+    anything else is a ``SoundnessAlarm``.
     """
 
     name: str
@@ -68,23 +77,27 @@ def sandwich(
     """Return what PGD, the ensemble and the protocol's methods say of the same images.
 
     The protocol's attack is the first layer, PGD or another; the ensemble runs it first, with the same random numbers.
-    The radii are those of the protocol's last method and of FMN. Raises ``SoundnessAlarm`` where a proof and an attack
-    contradict each other.
+    The radii are found by the protocol's last method and by FMN, beside what both attacks met on the way. Raises
+    ``SoundnessAlarm`` where a proof and an attack contradict each other.
     """
     if not protocol.methods:
         raise InvalidInput("a comparison without bound methods", "at least one", "methods=('crown',)")
     x, y, classes = fit(model, x, y)
     whole = Ensemble(attacks=(protocol.attack, *Ensemble().attacks))
-    first = evaluate(model, x, y, replace(protocol, methods=()), index=index, tick=tick)
-    last = evaluate(model, x, y, replace(protocol, attack=whole), index=index, dump=dump, tick=tick)
-    right = torch.tensor([sample.correct for sample in last.samples], device=x.device).nonzero()[:, 0]
-    method = protocol.methods[-1]
+    met = x.clone(), x.clone()
+    asked, everything = replace(protocol, methods=()), replace(protocol, attack=whole)
+    first = evaluate(model, x, y, asked, index=index, tick=tick, keep=_keeper(met[0], index))
+    last = evaluate(model, x, y, everything, index=index, dump=dump, tick=tick, keep=_keeper(met[1], index))
+    samples = [_joined(*pair, protocol) for pair in zip(first.samples, last.samples, strict=True)]
+    last = tally(samples, everything.conditions(x.dtype))
+    proved = torch.tensor([_proved(sample) for sample in samples], dtype=torch.float64, device=x.device)
+    right = torch.tensor([sample.correct for sample in samples], device=x.device).nonzero()[:, 0]
     pairs: list[RadiusPair] = []
-    for part in right.split(protocol.batch):
-        places = index[part.cpu()]
-        pairs += _pairs(model, x[part], y[part], classes, protocol, places)
+    for part in right.split(protocol.batch) if len(right) else ():
+        batch = Batch(model, x[part], y[part], classes, index[part.cpu()])
+        pairs += _pairs(batch, protocol, proved[part], [points[part] for points in met])
         tick(len(part))
-    return Sandwich(name, first, last, method, tuple(pairs))
+    return Sandwich(name, first, last, protocol.methods[-1], tuple(pairs))
 
 
 def work(samples: int, protocol: Protocol) -> int:
@@ -92,20 +105,50 @@ def work(samples: int, protocol: Protocol) -> int:
     return protocol.work(samples) + samples * (len(protocol.radii) + 1)
 
 
-def _pairs(model: nn.Module, x: Tensor, y: Tensor, classes: int, protocol: Protocol, index: Tensor) -> list[RadiusPair]:
-    """The radii of a batch of images that are right."""
-    method, options = protocol.methods[-1], {"clip": protocol.clip, "arithmetic": protocol.arithmetic}
-    proved = certified_radius(model, x, y, protocol.p, method, **options)  # type: ignore[arg-type]
-    ball = protocol.ball(x, _widest(x, protocol))
-    spec = class_margins(y, classes, x.dtype)
-    found = FMN()(model, ball, spec, generator=protocol.seeds(index))
-    distance = ball.distance(found.witness)
-    _check(proved, distance, found.success, index, protocol)
+def _keeper(points: Tensor, index: Tensor) -> Keep:
+    """Puts the worst points met where their images stand; a broken one's is that of the smallest radius it fell at."""
+    places = {number: place for place, number in enumerate(index.tolist())}
+
+    def keep(_: Fraction, numbers: Tensor, found: Tensor) -> None:
+        points[[places[number] for number in numbers.tolist()]] = found
+
+    return keep
+
+
+def _joined(first: SampleRecord, last: SampleRecord, protocol: Protocol) -> SampleRecord:
+    """The last record, with what the first attack alone broke: in other batches it rounds otherwise."""
+    outcomes = list(last.outcomes)
+    for place, (one, other) in enumerate(zip(first.outcomes, last.outcomes, strict=True)):
+        if one.attacked and not other.attacked:
+            if other.verdict == "holds" and protocol.arithmetic == "float":
+                raise _alarm(last.index, float(other.radius), float(one.radius))
+            outcomes[place] = replace(other, attacked=True, worst=min(one.worst, other.worst))
+    return replace(last, outcomes=tuple(outcomes))
+
+
+def _proved(sample: SampleRecord) -> float:
+    """The largest radius asked for at which some method proved the image."""
+    proved = max((outcome.radius for outcome in sample.outcomes if outcome.verdict == "holds"), default=Fraction(0))
+    rounded = float(proved)
+    return rounded if Fraction(rounded) <= proved else math.nextafter(rounded, 0.0)
+
+
+def _pairs(batch: Batch, protocol: Protocol, held: Float[Tensor, "n"], met: Sequence[Tensor]) -> list[RadiusPair]:
+    """The radii of a batch of images that are right; ``held`` are those already proved, ``met`` the worst points."""
+    model, x, options = batch.model, batch.x, {"clip": protocol.clip, "arithmetic": protocol.arithmetic}
+    proved = certified_radius(model, x, batch.y, protocol.p, protocol.methods[-1], **options)  # type: ignore[arg-type]
+    proved = torch.maximum(proved, held)
+    ball, spec = protocol.ball(x, _widest(x, protocol)), class_margins(batch.y, batch.classes, x.dtype)
+    distance = torch.full_like(proved, torch.inf)
+    for attack in (FMN(targets=ROWS), *(Bisection(far=points) for points in met)):
+        found = attack(model, ball, spec, generator=protocol.seeds(batch.index))
+        distance = torch.where(found.success, torch.minimum(distance, ball.distance(found.witness)), distance)
+    if protocol.arithmetic == "float":
+        for i in (distance < proved).nonzero()[:1, 0].tolist():
+            raise _alarm(int(batch.index[i]), float(proved[i]), float(distance[i]))
     return [
-        RadiusPair(place, radius, met if broken else None)
-        for place, radius, met, broken in zip(
-            index.tolist(), proved.tolist(), distance.tolist(), found.success.tolist(), strict=True
-        )
+        RadiusPair(place, radius, nearest if nearest < torch.inf else None)
+        for place, radius, nearest in zip(batch.index.tolist(), proved.tolist(), distance.tolist(), strict=True)
     ]
 
 
@@ -117,19 +160,10 @@ def _widest(x: Tensor, protocol: Protocol) -> Fraction:
     return Fraction((high - low) * longest)
 
 
-def _check(
-    proved: Float[Tensor, "n"],
-    distance: Float[Tensor, "n"],
-    broken: Bool[Tensor, "n"],
-    index: Tensor,
-    protocol: Protocol,
-) -> None:
+def _alarm(index: int, certified: float, broken: float) -> SoundnessAlarm:
     """An adversarial example nearer than the proof allows: one of the two is wrong."""
-    wrong = (broken & (distance < proved)).nonzero()[:, 0]
-    if protocol.arithmetic == "float" and len(wrong):
-        i = int(wrong[0])
-        raise SoundnessAlarm(
-            f"image {int(index[i])} is certified up to {float(proved[i]):.6g} and broken at {float(distance[i]):.6g}",
-            "certified radius <= distance of every adversarial example: one of the two is wrong, and the run stops",
-            "report it as a bug, with the network and the image",
-        )
+    return SoundnessAlarm(
+        f"image {index} is certified up to {certified:.6g} and broken at {broken:.6g}",
+        "certified radius <= distance of every adversarial example: one of the two is wrong, and the run stops",
+        "report it as a bug, with the network and the image",
+    )

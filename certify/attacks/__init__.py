@@ -3,6 +3,7 @@
 from certify.attacks.adaptive import Adaptive
 from certify.attacks.apgd import APGD, APGDT
 from certify.attacks.base import Attack
+from certify.attacks.bisection import Bisection
 from certify.attacks.carlini_wagner import CarliniWagner
 from certify.attacks.deepfool import DeepFool
 from certify.attacks.ensemble import Ensemble
@@ -21,6 +22,7 @@ __all__ = [
     "RFGSM",
     "Adaptive",
     "Attack",
+    "Bisection",
     "CarliniWagner",
     "DeepFool",
     "Ensemble",

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from certify.attacks.annealing import annealed
 from certify.attacks.base import Attack, Objective
+from certify.attacks.bisection import bisected
 from certify.attacks.losses import LOSSES
 from certify.attacks.nearest import Nearest, ball_of, dual_norm, linear_rows
 from certify.attacks.pgd import PGD
-from certify.attacks.shapes import beside
 from certify.draws import Draws
 from certify.errors import InvalidInput
 from certify.registry import register_attack
@@ -23,8 +23,6 @@ from certify.specs import Spec
 
 #: Shares by which the radius changes in the first and in the last step.
 FIRST, LAST = 0.3, 0.001
-#: Halvings of the way to a far counterexample, where the search itself met none.
-BISECTIONS = 12
 #: Rows that are linearised at the centre, the lowest ones.
 CONSIDERED = 9
 #: How far to look beyond the plane of the linear model: on the plane itself a row is 0 and nothing is broken.
@@ -64,7 +62,7 @@ class FMN(Attack):
         missed = (nearest.distance == math.inf).nonzero()[:, 0]
         if len(missed):
             far = PGD(steps=self.steps).search(objective, ball.take(missed), spec.take(missed), draws.take(missed))
-            x = x.index_copy(0, missed, _boundary(objective, ball.take(missed), spec.take(missed), far))
+            x = x.index_copy(0, missed, bisected(objective, ball.take(missed), spec.take(missed), far))
             nearest.meet(x, objective.rows(x, spec), ball.distance(x))
         return nearest.points_or(x)
 
@@ -85,18 +83,3 @@ class FMN(Attack):
             x = tried.project(x + share * tried.stride(gradient, None))
         nearest.meet(x, objective.rows(x, spec), ball.distance(x))
         return x
-
-
-def _boundary(objective: Objective, ball: LpBall, spec: Spec, far: Tensor) -> Float[Tensor, "n *shape"]:
-    """The last broken point found by bisection between the centre and ``far``; ``far`` where that breaks nothing."""
-    low, high = torch.zeros_like(ball.radius), torch.ones_like(ball.radius)
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        broken = objective.rows(_between(ball, far, middle), spec).amin(1) < 0
-        low, high = torch.where(broken, low, middle), torch.where(broken, middle, high)
-    return _between(ball, far, high)
-
-
-def _between(ball: LpBall, far: Tensor, share: Tensor) -> Tensor:
-    step = (far - ball.center) * beside(share, far).to(far.dtype)
-    return ball.project(ball.center + step)

@@ -32,12 +32,8 @@ class Nearest:
         rows: Float64[Tensor, "batch rows"],
         distance: Float64[Tensor, "batch"],
     ) -> Bool[Tensor, "batch"]:
-        """Take the points that break a row and are nearer than what was met before; return which break one.
-
-        A row is broken here when it is below 0 by more than rounding: the nearest points lie where rows are almost 0,
-        and what rounding alone breaks would not be confirmed in float64.
-        """
-        broken = rows.amin(1) < -CLEAR * torch.finfo(x.dtype).eps * rows.abs().amax(1)
+        """Take the points that clearly break a row and are nearer than what was met before; return which break one."""
+        broken = clearly_broken(rows, x.dtype)
         better = broken & (distance < self.distance)
         self._points = torch.where(beside(better, x), x, self._points)
         self.distance = torch.where(better, distance, self.distance)
@@ -47,6 +43,14 @@ class Nearest:
         """Return the nearest broken points, and ``x`` where there are none."""
         found = beside(self.distance < torch.inf, x)
         return torch.where(found, self._points, x)
+
+
+def clearly_broken(rows: Float64[Tensor, "batch rows"], dtype: torch.dtype) -> Bool[Tensor, "batch"]:
+    """Return where a row is below 0 by more than rounding in that dtype.
+
+    The nearest points lie where rows are almost 0, and what rounding alone breaks would not be confirmed in float64.
+    """
+    return rows.amin(1) < -CLEAR * torch.finfo(dtype).eps * rows.abs().amax(1)
 
 
 def ball_of(domain: PerturbationSet, name: str) -> LpBall:

@@ -101,6 +101,42 @@ def test_a_planted_unsound_radius_raises_an_alarm(monkeypatch: pytest.MonkeyPatc
         sandwich("net", model, x, y, _asked(), index=torch.arange(40))
 
 
+def test_the_nearest_example_is_that_of_all_attacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where FMN finds none: what broke at a radius lies within it."""
+    monkeypatch.setattr(FMN, "search", lambda _, __, domain, *___: domain.center)
+    model, x, y = _problem()
+    found = sandwich("net", model, x, y, _asked(methods=("ibp",)), index=torch.arange(40))
+    fell = 0
+    for sample, pair in zip((s for s in found.last.samples if s.correct), found.pairs, strict=True):
+        broken = [float(outcome.radius) for outcome in sample.outcomes if outcome.attacked]
+        fell += bool(broken)
+        assert pair.adversarial is None if not broken else pair.adversarial <= broken[0] * (1 + 1e-6)
+        held = [float(outcome.radius) for outcome in sample.outcomes if outcome.verdict == "holds"]
+        assert pair.certified >= max(held, default=0.0) * (1 - 1e-12)
+    assert fell > 5
+
+
+def test_what_the_first_attack_broke_alone_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ensemble, "search", lambda _, __, domain, *___: domain.center)
+    model, x, y = _problem()
+    found = sandwich("net", model, x, y, _asked(methods=("ibp",)), index=torch.arange(40))
+    fell = [s.outcomes[-1].attacked for s in found.first.samples if s.correct]
+    assert [s.outcomes[-1].attacked for s in found.last.samples if s.correct] == fell
+    assert sum(fell) > 5
+    monkeypatch.setitem(certify.registry.METHODS, "liar", _Liar)
+    with pytest.raises(SoundnessAlarm, match="certified up to"):
+        sandwich("net", model, x, y, _asked(methods=("liar",)), index=torch.arange(40))
+
+
+def test_a_network_that_is_always_wrong_has_no_pairs() -> None:
+    model, x, _ = _problem()
+    with torch.no_grad():
+        wrong = (model(x).argmax(1) + 1) % 4
+    found = sandwich("net", model, x, wrong, _asked(methods=("ibp",)), index=torch.arange(40))
+    assert found.pairs == ()
+    assert [rate.count for rate in found.layers(0)] == [0, 0, 0, 0]
+
+
 def test_a_comparison_needs_a_proof() -> None:
     model, x, y = _problem()
     with pytest.raises(InvalidInput, match="bound methods"):
