@@ -40,6 +40,8 @@ STEPS, RESTARTS, LEVEL = (10, 20, 40, 80, 160), (1, 2, 4, 8), 0.02
 DIRECTIONS, BEATEN = 10, 0.9
 #: Images attacked together.
 TOGETHER = 250
+#: Images below which one image more or less decides: an audit of fewer is no evidence.
+FEW = 50
 #: Share of images with a gradient of exactly 0 beyond which gradients say nothing.
 VANISHED = 0.01
 
@@ -55,18 +57,26 @@ class Finding(Record):
 
 @dataclass(frozen=True)
 class Audit(Record):
-    """All findings about one network at one radius, on ``count`` correctly classified images."""
+    """All findings about one network at one radius, on ``count`` correctly classified images.
+
+    ``enough``: below ``FEW`` images nothing that is not flagged means anything.
+    """
 
     radius: Fraction
     norm: str
     count: int
     findings: tuple[Finding, ...]
-    derived: ClassVar[tuple[str, ...]] = ("trusted",)
+    derived: ClassVar[tuple[str, ...]] = ("trusted", "enough")
 
     @property
     def trusted(self) -> bool:
         """Whether no check was flagged."""
         return all(finding.verdict != "flagged" for finding in self.findings)
+
+    @property
+    def enough(self) -> bool:
+        """Whether there were images enough for the checks to notice anything."""
+        return self.count >= FEW
 
 
 def audit(
@@ -81,13 +91,18 @@ def audit(
 ) -> Audit:
     """Return what speaks for and against trusting attacks on ``model`` at ``radius``.
 
-    Images that the model has wrong are left out; ``InvalidInput`` if none is left. ``index`` are the images' places in
-    their data set (0, 1, ... by default): they seed the attacks. ``surrogate`` is another network with the same inputs
-    and classes, for the transfer attack.
+    Images that the model has wrong are left out. ``index`` are the images' places in their data set (0, 1, ... by
+    default): they seed the attacks. ``surrogate`` is another network with the same inputs and classes, for the transfer
+    attack. Raises ``InvalidInput`` for radius 0, and where no image is left.
     """
+    if radius <= 0:
+        raise InvalidInput(f"an audit at radius {radius}", "a radius above 0", "the radius that attacks are judged at")
     x, y, classes = fit(model, x, y)
-    if surrogate is not None and fit(surrogate, x, y)[2] != classes:
-        raise InvalidInput("a surrogate with other classes", f"{classes} classes", "a network of the same task")
+    if surrogate is not None:
+        theirs, _, outputs = fit(surrogate, x, y)
+        if outputs != classes or theirs.dtype != x.dtype:
+            got = f"a surrogate of {outputs} classes in {theirs.dtype}"
+            raise InvalidInput(got, f"{classes} classes in {x.dtype}", "a network of the same task and precision")
     places = torch.arange(len(x)) if index is None else index
     with evaluating(model), torch.no_grad():
         right = (class_margins(y, classes, x.dtype).rows(model(x)) > 0).all(1).nonzero()[:, 0]
@@ -257,26 +272,20 @@ def _found(check: str, flagged: bool, evidence: str) -> Finding:
 
 
 @contextmanager
-def _counted_gradients() -> Iterator[list[str]]:
-    """Collect the names of autograd's entries that are called."""
-    calls: list[str] = []
-    entries = [(torch.autograd, "grad"), (torch.autograd, "backward"), (Tensor, "backward")]
-    before = [getattr(home, name) for home, name in entries]
+def _counted_gradients() -> Iterator[list[None]]:
+    """Collect an entry per backward pass, whichever function of torch asked for it and whatever name it was given."""
+    calls: list[None] = []
+    engine = torch.autograd._engine_run_backward  # where all of them end
 
-    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            calls.append(name)
-            return function(*arguments, **options)
+    def counting(*arguments: Any, **options: Any) -> Any:
+        calls.append(None)
+        return engine(*arguments, **options)
 
-        return call
-
+    torch.autograd._engine_run_backward = counting
     try:
-        for (home, name), function in zip(entries, before, strict=True):
-            setattr(home, name, counting(name, function))
         yield calls
     finally:
-        for (home, name), function in zip(entries, before, strict=True):
-            setattr(home, name, function)
+        torch.autograd._engine_run_backward = engine
 
 
 #: In the order of the report: cheap ones first.

@@ -84,6 +84,8 @@ def table_of(found: Audit) -> Table:
 def verdict(found: Audit) -> str:
     """Return what the findings mean."""
     flagged = [finding.check for finding in found.findings if finding.verdict == "flagged"]
+    if not flagged and not found.enough:
+        return f"Nothing was flagged, on {found.count} images: too few to tell. More --samples."
     if not flagged:
         return f"Nothing speaks against trusting attacks on this network ({found.count} images)."
     return f"Do not trust attacks on this network: {', '.join(flagged)}. Certified accuracy is not affected."

@@ -62,7 +62,7 @@ def test_audit_says_trusted_or_exits_with_one(folder: Path, capsys: Capture) -> 
     text = said(capsys, "audit net --radius 0.05 --samples 10 --json out.json")
     found = Audit.from_dict(next(iter(json.loads((folder / "out.json").read_text())["results"]["networks"].values())))
     assert found.trusted
-    assert "Nothing speaks against trusting attacks" in text
+    assert "images: too few to tell" in " ".join(text.split())
     (folder / "soft.py").write_text(
         "from torch import nn\n\ndef net():\n"
         "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Softmax(1)).eval()\n"
