@@ -73,15 +73,19 @@ def _output_shape(model: nn.Module, x: Tensor) -> tuple[int, ...]:
     """The shape of one sample's outputs, in eval mode."""
     try:
         with evaluating(model), torch.no_grad():
-            return tuple(model(x).shape[1:])
-    except (RuntimeError, ValueError) as error:
+            outputs = model(x)
+    except Exception as error:  # the model is the user's, and so is what it raises
         if is_shortage(error):
             raise
+        reason = f"{type(error).__name__}, {error}".splitlines()[0]
         raise InvalidInput(
-            f"the model fails on an input of shape {tuple(x.shape)}: {error}"[:300],
+            f"the model fails on an input of shape {tuple(x.shape)}: {reason}"[:300],
             "samples of the shape that the model takes",
             "the right --data or --input-shape",
         ) from None
+    if not isinstance(outputs, Tensor):
+        raise InvalidInput(f"a model that returns a {type(outputs).__name__}", "logits", "a wrapper that returns them")
+    return tuple(outputs.shape[1:])
 
 
 def tally(records: Sequence[SampleRecord], conditions: Conditions) -> Evaluation:

@@ -76,10 +76,11 @@ def scan(data: bytes, source: str) -> Contents:
         end = unpack(line, source)
         assert isinstance(end, UnitLine)
         joined = b"".join(body)
-        if (end.lines, end.sha256) != (len(body), digest(joined)) or end.unit in units or end.unit >= run.units:
+        seal = len(body), digest(heading + joined)
+        if (end.lines, end.sha256) != seal or end.unit in units or end.unit >= run.units:
             raise InvalidFile(
                 f"{source}: unit {end.unit}, which ends in line {place}, is not what was written",
-                f"{end.lines} lines with the hash that line {place} states, once",
+                f"{end.lines} lines that have, with the heading, the hash that line {place} states, once",
                 f"copy the file again, or cut it at the start of that unit (line {place - len(body)}) and --resume",
             )
         units[end.unit] = joined

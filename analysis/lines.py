@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -79,7 +78,7 @@ class WarningLine(Record):
 
 @dataclass(frozen=True)
 class UnitLine(Record):
-    """The end of a unit of work: how many lines precede it, and the hash of their bytes."""
+    """The end of a unit of work: how many lines precede it, and the hash of the heading's bytes and theirs."""
 
     kind: ClassVar[str] = "unit"
     unit: int
@@ -121,15 +120,9 @@ def unpack(data: bytes, source: str) -> Line:
     return line
 
 
-def sealed(unit: int, lines: Iterable[Line]) -> bytes:
-    """Return the bytes of a unit of work: its lines, and the one that ends it."""
-    body = b"".join(pack(line) for line in lines)
-    return body + end_of(unit, body)
-
-
-def end_of(unit: int, body: bytes) -> bytes:
-    """Return the line that ends a unit."""
-    return pack(UnitLine(unit, body.count(b"\n"), digest(body)))
+def sealed(heading: bytes, unit: int, body: bytes) -> bytes:
+    """Return the bytes of a unit of work under that heading: its lines, and the one that ends it."""
+    return body + pack(UnitLine(unit, body.count(b"\n"), digest(heading + body)))
 
 
 def digest(data: bytes) -> str:

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from analysis.chunk import Batch
 from analysis.lines import SCHEMA_VERSION, digest
 from analysis.plain import Record, encode
-from analysis.units import Stage
+from analysis.units import Case, Stage
+from certify.attacks.base import evaluating
 from certify.errors import InvalidFile
 from certify.graph import trace
-from models.files import read_json
+from models.files import read_json, tensor_digest
 
+#: How far outputs of one network may lie apart on two machines, relative to the largest.
+SAME = 1e-4
 #: Fields of a manifest, in words.
 _WORDS = {
     "models": "weights of",
@@ -37,7 +38,9 @@ _WORDS = {
 class Manifest(Record):
     """Hashes of the models' weights and structure and of the data, the configuration in full, and versions.
 
-    ``shard`` is "i/n", None for an undivided run.
+    ``outputs`` are those of the first sample: what a model computes may depend on what is neither weight nor structure.
+    They differ where machines round differently, so they are no part of the identity. ``shard`` is "i/n", None for an
+    undivided run.
     """
 
     schema_version: int
@@ -47,6 +50,7 @@ class Manifest(Record):
     data: dict[str, str]
     configuration: dict[str, Any]
     versions: dict[str, str]
+    outputs: dict[str, tuple[float, ...]]
     shard: str | None = None
 
     def of_shard(self, shard: str | None) -> Manifest:
@@ -69,6 +73,7 @@ class Manifest(Record):
         """Yield the words for what differs."""
         for name, words in _WORDS.items():
             yield from (f"{words} {key}" for key in _unequal(getattr(self, name), getattr(other, name)))
+        yield from (f"outputs of {name}" for name in self.outputs if not _close(self.outputs, other.outputs, name))
         if self.shard != other.shard:
             yield f"shard {other.shard or 'none'}"
 
@@ -88,7 +93,19 @@ def manifest_of(stage: Stage) -> Manifest:
         "versions": versions(),
     }
     identity = digest(json.dumps(facts, sort_keys=True, allow_nan=False).encode())
-    return Manifest(SCHEMA_VERSION, identity, **facts)
+    return Manifest(SCHEMA_VERSION, identity, **facts, outputs={case.about.name: _first(case) for case in stage.cases})
+
+
+def _first(case: Case) -> tuple[float, ...]:
+    """The network's outputs on its first sample."""
+    with evaluating(case.batch.model), torch.no_grad():
+        return tuple(case.batch.model(case.batch.x[:1])[0].double().tolist())
+
+
+def _close(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]], name: str) -> bool:
+    """Whether both hold about the same outputs under that name."""
+    a, b = ours[name], theirs.get(name, ())
+    return len(a) == len(b) and all(abs(x - y) <= SAME * max(map(abs, a)) for x, y in zip(a, b, strict=True))
 
 
 def _configuration(stage: Stage) -> dict[str, Any]:
@@ -105,16 +122,6 @@ def _configuration(stage: Stage) -> dict[str, Any]:
         "layer_radius": stage.layers.radius,
         "layer_samples": stage.layers.samples,
     }
-
-
-def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of names, types, shapes and values."""
-    found = hashlib.sha256()
-    for name, value in tensors.items():
-        value = value.detach().cpu().contiguous()
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        found.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def _structure(batch: Batch) -> str:

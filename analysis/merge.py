@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.journal import MANIFEST, RECORDS, TIMINGS, Contents, Timing, read, scan, timings_in
-from analysis.lines import end_of
+from analysis.lines import sealed
 from analysis.manifest import Manifest
 from analysis.records import Report
 from analysis.shard import Shard
@@ -36,7 +36,8 @@ def merge(folders: Sequence[Path], out: Path) -> Report:
     _check(parts)
     found = [_contents(part) for part in parts]
     units = {number: body for contents in found for number, body in contents.units.items()}
-    records = found[0].heading + b"".join(units[number] + end_of(number, units[number]) for number in sorted(units))
+    heading = found[0].heading
+    records = heading + b"".join(sealed(heading, number, units[number]) for number in sorted(units))
     timings = [timing for part in parts for timing in _timings(part.folder / TIMINGS)]
     write(
         {

@@ -57,6 +57,8 @@ def decode(kind: Any, data: Any) -> Any:
         hints = _hints(kind)  # type: ignore[arg-type]  # classes can be hashed
         names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]  # all are dataclasses
         return kind(**{name: decode(hints[name], data[name]) for name in names})
+    if kind in (int, str, bool) and type(data) is not kind:
+        raise TypeError(f"{data!r} is no {kind.__name__}")
     return kind(data) if kind in (float, Fraction) else data
 
 

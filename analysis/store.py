@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from analysis.journal import MANIFEST, RECORDS, TIMINGS, Timing, report_of, scan
+from analysis.lines import sealed
 from analysis.manifest import Manifest
 from analysis.records import Report
 from analysis.units import Done
@@ -42,11 +43,12 @@ class InMemory:
     """Units of a run that nobody wants to keep."""
 
     def __init__(self, heading: bytes, machine: str) -> None:
-        self.machine, self.records, self.timings, self.units = machine, heading, b"", frozenset[int]()
+        self.heading, self.machine = heading, machine
+        self.records, self.timings, self.units = heading, b"", frozenset[int]()
 
     def append(self, done: Done) -> None:
         """Keep a unit."""
-        self.records += done.data
+        self.records += sealed(self.heading, done.unit, done.data)
         self.timings += Timing(done.unit, done.network, self.machine, done.seconds).line()
         self.units |= {done.unit}
 
@@ -62,13 +64,15 @@ class InMemory:
 class InFolder:
     """Units in the records.jsonl of a folder; made by ``kept_in``."""
 
-    def __init__(self, folder: Path, machine: str, files: tuple[BinaryIO, BinaryIO], units: frozenset[int]) -> None:
-        self.folder, self.machine, self.files, self.units = folder, machine, files, units
+    def __init__(
+        self, folder: Path, heading: bytes, machine: str, files: tuple[BinaryIO, BinaryIO], units: frozenset[int]
+    ) -> None:
+        self.folder, self.heading, self.machine, self.files, self.units = folder, heading, machine, files, units
 
     def append(self, done: Done) -> None:
         """Append a unit in one piece and wait until it is on disk."""
         records, timings = self.files
-        _append(records, done.data)
+        _append(records, sealed(self.heading, done.unit, done.data))
         _append(timings, Timing(done.unit, done.network, self.machine, done.seconds).line())
         self.units |= {done.unit}
 
@@ -104,7 +108,8 @@ def kept_in(folder: Path, heading: bytes, manifest: Manifest, machine: str, *, r
             _compare(folder, manifest)
         else:
             write({folder / MANIFEST: manifest.text()})
-        yield InFolder(folder, machine, (records, timings), _prepare(records, timings, heading, str(path)))
+        units = _prepare(records, timings, heading, str(path))
+        yield InFolder(folder, heading, machine, (records, timings), units)
 
 
 def _prepare(records: BinaryIO, timings: BinaryIO, heading: bytes, source: str) -> frozenset[int]:

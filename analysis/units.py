@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from analysis.chunk import Batch, Tick, Watch, measure, outputs_of
 from analysis.layers import layer_sensitivity
-from analysis.lines import LayersLine, Line, NetworkLine, SampleLine, WarningLine, sealed
+from analysis.lines import LayersLine, Line, NetworkLine, SampleLine, WarningLine, pack
 from analysis.protocol import Protocol
 from analysis.records import Sensitivity
 from certify import class_margins
@@ -74,7 +74,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished unit: the lines to keep, and the seconds spent per task."""
+    """A finished unit: the bytes of its lines, and the seconds spent per task."""
 
     unit: int
     network: str
@@ -88,14 +88,18 @@ def perform(stage: Stage, unit: Unit, tick: Tick = lambda _: None) -> Done:
     name = case.about.name
     if unit.part is None:
         start = time.perf_counter()
-        lines = _layers(case, stage)
+        layers = _layers(case, stage)
         tick(1)
-        return Done(unit.number, name, sealed(unit.number, lines), {"layers": time.perf_counter() - start})
+        return Done(unit.number, name, _packed(layers), {"layers": time.perf_counter() - start})
     batch = case.batch.take(torch.arange(*unit.part))
     found = measure(batch, stage.protocol, Watch(tick=tick, dump=stage.dump))
-    lines = [SampleLine(name, record) for record in found.records]
+    lines: list[Line] = [SampleLine(name, record) for record in found.records]
     lines += [WarningLine(name, text) for text in found.shortages]
-    return Done(unit.number, name, sealed(unit.number, lines), found.seconds)
+    return Done(unit.number, name, _packed(lines), found.seconds)
+
+
+def _packed(lines: Sequence[Line]) -> bytes:
+    return b"".join(pack(line) for line in lines)
 
 
 def _layers(case: Case, stage: Stage) -> list[Line]:

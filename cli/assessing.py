@@ -11,7 +11,6 @@ from rich.markup import escape
 from analysis.chunk import Batch
 from analysis.evaluation import fit
 from analysis.lines import NetworkLine
-from analysis.manifest import tensor_digest
 from analysis.protocol import Protocol
 from analysis.records import Course, NetworkReport, Report
 from analysis.units import Case, LayerPlan
@@ -21,6 +20,7 @@ from cli import grids, render, theme, words
 from cli.options import AttackOptions, BallOptions, BoundOptions, LayerOptions
 from cli.parsing import attack_of, exponent, items, radii, single
 from cli.subjects import Samples, Subject, inputs
+from models.files import tensor_digest
 
 
 def protocol_of(

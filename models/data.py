@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from certify.errors import InvalidFile, InvalidInput, unknown_name
-from models.files import digest
+from models.files import tensor_digest
 
 #: The seed of every split: a split is part of the data set, not of an experiment.
 SPLIT_SEED = 0
@@ -49,7 +49,7 @@ class Dataset:
 
     def digest(self) -> str:
         """Return a SHA-256 of all images and labels."""
-        return digest({name: value for name, value in vars(self).items() if isinstance(value, Tensor)})
+        return tensor_digest({name: value for name, value in vars(self).items() if isinstance(value, Tensor)})
 
 
 def load(name: str, *, data_dir: str | Path | None = None, download: bool = False) -> Dataset:

@@ -62,10 +62,13 @@ def prepare(folder: Path) -> None:
     trial.unlink(missing_ok=True)
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return a SHA-256 of names, types, shapes and values."""
+def tensor_digest(tensors: Mapping[str, Any]) -> str:
+    """Return a SHA-256 of names, types, shapes and values; of what is no tensor, as a module's own state, in words."""
     found = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
+    for name, value in sorted(tensors.items(), key=lambda item: item[0]):
+        if not isinstance(value, Tensor):
+            found.update(json.dumps([name, repr(value)]).encode())
+            continue
         found.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
         found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
@@ -74,7 +77,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> bytes:
     """Return the bytes of a safetensors file that also carries ``header`` as JSON, and a hash of the tensors."""
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    words = {"json": json.dumps(header or {}, allow_nan=False), "sha256": digest(plain)}
+    words = {"json": json.dumps(header or {}, allow_nan=False), "sha256": tensor_digest(plain)}
     return safetensors.torch.save(plain, words)
 
 
@@ -91,7 +94,7 @@ def unpack(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         length = int.from_bytes(data[:8], "little")
         words = json.loads(data[8 : 8 + length]).get("__metadata__", {})
         header = json.loads(words.get("json", "{}"))
-        if "sha256" in words and words["sha256"] != digest(tensors):  # files of others carry none
+        if "sha256" in words and words["sha256"] != tensor_digest(tensors):  # files of others carry none
             raise ValueError("other tensors than were written")
     except (safetensors.SafetensorError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise InvalidFile(

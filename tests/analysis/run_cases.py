@@ -9,12 +9,12 @@ import torch
 from analysis.chunk import Batch
 from analysis.evaluation import fit
 from analysis.lines import NetworkLine
-from analysis.manifest import tensor_digest
 from analysis.protocol import Protocol
 from analysis.runs import Heading
 from analysis.units import Case, LayerPlan, Stage
 from certify.attacks import PGD
 from models import mlp
+from models.files import tensor_digest
 
 RADII = (Fraction(1, 50), Fraction(1, 10))
 PROTOCOL = Protocol(radii=RADII, methods=("ibp", "crown"), attack=PGD(steps=5), batch=4)

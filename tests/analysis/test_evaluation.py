@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -199,6 +200,17 @@ def test_samples_that_cannot_be_meant() -> None:
             evaluate(model, *args, PROTOCOL)
     with pytest.raises(InvalidModel):
         evaluate(model.train(), x, y, PROTOCOL)
+
+
+@pytest.mark.parametrize(
+    ("answer", "word"), [(lambda y: (y, y), "returns a tuple"), (lambda y: {}["logits"], "KeyError, 'logits'")]
+)
+def test_models_that_cannot_be_meant(answer: Callable[[Tensor], object], word: str) -> None:
+    model, x, y = problem()
+    model.register_forward_hook(lambda _, __, outputs: answer(outputs))
+    with pytest.raises(InvalidInput, match=word) as caught:
+        evaluate(model, x, y, PROTOCOL)
+    assert len(str(caught.value).splitlines()) <= 3
 
 
 def test_attacks_are_described_by_what_they_are() -> None:

@@ -99,6 +99,18 @@ def test_a_better_verdict_is_noticed(folder: Path, tmp_path: Path, lines: list[b
     assert "is not what was written" in refused(tmp_path, lines)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [(b'"norm":"linf"', b'"norm":"l2"'), (b'"name":"one"', b'"name":"two"'), (b"1/10", b"1/99")]
+)
+def test_another_heading_is_noticed(
+    folder: Path, tmp_path: Path, lines: list[bytes], before: bytes, after: bytes
+) -> None:
+    (tmp_path / MANIFEST).write_bytes((folder / MANIFEST).read_bytes())
+    assert before in lines[1]
+    lines[1] = lines[1].replace(before, after)
+    assert "is not what was written" in refused(tmp_path, lines)
+
+
 def test_a_unit_that_is_there_twice_is_noticed(folder: Path, tmp_path: Path, lines: list[bytes]) -> None:
     (tmp_path / MANIFEST).write_bytes((folder / MANIFEST).read_bytes())
     end = next(place for place, line in enumerate(lines) if b'"kind":"unit"' in line) + 1
@@ -115,6 +127,8 @@ def test_a_unit_that_is_there_twice_is_noticed(folder: Path, tmp_path: Path, lin
         b"\x00" * 50 + b"\n",
         b'{"kind":"unit","unit":0,"lines":0,"sha256":""}\n',
         b'{"kind":"run"}\n',
+        b'{"kind":"run","schema_version":1,"identity":"","command":"","arguments":{},"samples":"","seed":0,"versions":{},'
+        b'"count":1,"networks":"two","units":1,"warnings":[]}\n',
         b"not json\n" * 3,
         b"[" * 10**5 + b"\n",
     ],

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from run_cases import COUNT, HEADING, PROTOCOL, RADII, case, stage
+from torch import Tensor, nn
 
 from analysis import store, units, workers
 from analysis.evaluation import evaluate
@@ -232,6 +233,33 @@ def test_another_run_does_not_go_on_and_is_told_what_differs(tmp_path: Path, cha
         carry_out(change(stage()), HEADING, Way(folder=tmp_path, resume=True))  # type: ignore[operator]
     assert word in three_lines(caught.value)
     assert records(tmp_path) == before
+
+
+class Scaled(nn.Module):
+    """A network behind a constant."""
+
+    scale = 1.0
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x * self.scale)
+
+
+def test_another_constant_does_not_go_on(tmp_path: Path) -> None:
+    def at(scale: float) -> units.Stage:
+        asked = stage()
+        model = Scaled(asked.cases[1].batch.model).eval()
+        model.scale = scale
+        case = replace(asked.cases[1], batch=replace(asked.cases[1].batch, model=model))
+        return replace(asked, cases=(asked.cases[0], case))
+
+    carry_out(at(1.5), HEADING, Way(folder=tmp_path))
+    carry_out(at(1.5), HEADING, Way(folder=tmp_path, resume=True))
+    with pytest.raises(InvalidFile, match="outputs of two"):
+        carry_out(at(-3.0), HEADING, Way(folder=tmp_path, resume=True))
 
 
 def test_another_version_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
