@@ -29,6 +29,7 @@ from certify.attacks.base import Objective, evaluating
 from certify.attacks.losses import cross_entropy, margin
 from certify.draws import Draws
 from certify.errors import InvalidInput
+from certify.notebook import table
 from certify.sets import PerturbationSet
 
 #: Images by which one attack may beat another by luck: one, or this share of them. On honest, adversarially trained
@@ -77,6 +78,11 @@ class Audit(Record):
     def enough(self) -> bool:
         """Whether there were images enough for the checks to notice anything."""
         return self.count >= FEW
+
+    def _repr_html_(self) -> str:
+        caption = f"Audit at radius {self.radius} ({self.norm}), {self.count} images"
+        rows = [(finding.check, finding.verdict, finding.evidence) for finding in self.findings]
+        return table(caption, ("check", "verdict", "evidence"), rows)
 
 
 def audit(

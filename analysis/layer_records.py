@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from analysis.plain import Record
+from certify.notebook import table
 
 
 @dataclass(frozen=True)
@@ -131,3 +132,9 @@ class Sensitivity(Record):
     histograms: tuple[Histogram, ...] = ()
     shapes: tuple[Shape, ...] = ()
     pixels: Pixels | None = None
+
+    def _repr_html_(self) -> str:
+        head = "layer", "kind", "width by CROWN", "share of the looseness", "gain if exact", "moved by the attack (l2)"
+        rows = [(r.name, r.kind, r.width_crown, r.share, r.gain, r.distance_mean) for r in self.rows]
+        caption = f"Layers at radius {self.radius} ({self.norm}), {self.method}, {self.count} samples"
+        return table(caption, head, rows)

@@ -20,6 +20,7 @@ from analysis.records import Evaluation, Rate, SampleRecord
 from certify import certified_radius, class_margins
 from certify.attacks import FMN, Bisection, Ensemble
 from certify.errors import InvalidInput, SoundnessAlarm
+from certify.notebook import table
 
 #: Rows that the search for the nearest adversarial example aims at, those that look nearest.
 ROWS = 9
@@ -61,6 +62,11 @@ class Sandwich(Record):
         held = sum(sample.outcomes[place].verdict == "holds" for sample in self.last.samples)
         attacked = self.first.rows[place].attacked, self.last.rows[place].attacked
         return self.last.clean, *attacked, Rate(held, self.last.count)
+
+    def _repr_html_(self) -> str:
+        caption = f"{self.name}: accuracy in percent (95 % interval) on {self.last.count} samples, {self.last.norm}"
+        head = "radius", "clean", "after the first attack", "after all", "certified"
+        return table(caption, head, [(row.radius, *self.layers(place)) for place, row in enumerate(self.last.rows)])
 
 
 def sandwich(

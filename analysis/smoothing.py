@@ -14,6 +14,7 @@ from analysis.evaluation import fit
 from analysis.plain import Record
 from analysis.protocol import Protocol
 from analysis.records import Rate
+from certify.notebook import table
 from certify.smoothing import ABSTAIN, Smoothing, certify_smoothed
 
 
@@ -43,6 +44,14 @@ class SmoothedAccuracy(Record):
     radii: tuple[Fraction, ...]
     certified: tuple[Rate, ...]
     samples: tuple[SmoothedSample, ...]
+
+    def _repr_html_(self) -> str:
+        caption = f"PROBABLE, not proved: smoothed with sigma {self.sigma:g}, each to {100 * (1 - self.alpha):g} %"
+        rows: list[tuple[str, Rate]] = [("clean", self.clean), ("abstained", self.abstained)]
+        rows += [
+            (f"certified within {radius} (l2)", rate) for radius, rate in zip(self.radii, self.certified, strict=True)
+        ]
+        return table(caption, ("of all samples", "percent (95 % interval)"), rows)
 
 
 def smoothed_accuracy(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from certify.attacks.base import evaluating
 from certify.draws import Draws, Source
 from certify.errors import InvalidInput, InvalidModel
+from certify.notebook import table
 
 #: Random numbers drawn at once, at most.
 NUMBERS = 2**23
@@ -60,6 +61,12 @@ class SmoothedCertificate:
     def certified(self, labels: Int[Tensor, "batch"], radius: float) -> Bool[Tensor, "batch"]:
         """Return where g is right and stays so within ``radius`` (l2), by these certificates."""
         return (self.predicted == labels.to(self.predicted.device)) & (self.radius > radius)
+
+    def _repr_html_(self) -> str:
+        facts = enumerate(zip(self.predicted.tolist(), self.radius.tolist(), strict=True))
+        rows = ((place, "abstains" if word == ABSTAIN else word, radius) for place, (word, radius) in facts)
+        caption = f"PROBABLE, not proved: smoothed, each to {100 * (1 - self.smoothing.alpha):g} %"
+        return table(caption, ("sample", "class", "l2 radius"), rows)
 
 
 def certify_smoothed(
