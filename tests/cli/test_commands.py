@@ -336,6 +336,29 @@ def test_a_soundness_alarm_has_its_own_exit_code(
     assert len(list((folder / "alarms").glob("*.npz"))) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "files"),
+    [
+        ("gate net --min-clean 0.1 --samples 20 --steps 2 --junit j.xml", 0, {"j.xml"}),
+        ("gate net --min-clean 1 --samples 20 --steps 2 --junit j.xml --json j.json", 1, {"j.xml", "j.json"}),
+        ("attack net --samples 5 --steps 2 --json -", 0, set()),
+        ("attack net --attack bribe", 2, set()),
+        ("--version", 0, set()),
+    ],
+)
+def test_a_closed_pipe_loses_no_file_and_changes_no_exit_code(
+    folder: Path, words: str, code: int, files: set[str]
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "cli", *words.split()]
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=write, stderr=write, check=False)
+    os.close(write)
+    assert done.returncode == code
+    assert all((folder / name).is_file() for name in files)
+
+
 def test_internal_errors_are_short_too(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("planted")
