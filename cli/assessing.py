@@ -19,6 +19,7 @@ from certify.errors import InvalidInput
 from certify.graph import trace
 from cli import grids, render, theme, words
 from cli.options import AttackOptions, BallOptions, BoundOptions, LayerOptions
+from cli.output import check_target
 from cli.parsing import attack_of, exponent, items, radii, single
 from cli.subjects import Samples, Subject, inputs
 
@@ -127,16 +128,29 @@ def draw_pixels(console: Console, reports: Sequence[NetworkReport], target: Path
     """Save each network's map of the pixels that its bounds depend on."""
     from analysis import figures
 
-    for report in reports if target is not None else ():
+    if target is None:
+        return
+    places = targets(target, [report.name for report in reports])
+    for report in reports:
         if report.layers is not None and report.layers.pixels is not None:
-            place = Path(str(target)) if len(reports) == 1 else named(Path(str(target)), report.name)
-            picture = figures.pixel_map(report.layers.pixels)
-            console.print(f"pixels of {report.name}: {figures.save(picture, place)}", markup=False, soft_wrap=True)
+            saved = figures.save(figures.pixel_map(report.layers.pixels), places[report.name])
+            console.print(f"pixels of {report.name}: {saved}", markup=False, soft_wrap=True)
 
 
-def named(path: Path, name: str) -> Path:
-    """Return the path with a network's name in it; what would make a folder of it becomes a dash."""
-    return path.with_stem(f"{path.stem}-{name.strip('/').replace('/', '-')}")
+def targets(path: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Return a file per network: the path itself for a single one, else with the network's name in it.
+
+    What would make a folder of a name becomes a dash. Raises ``InvalidInput`` where two names would share a file.
+    """
+    if len(names) == 1:
+        return {names[0]: path}
+    found = {name: path.with_stem(f"{path.stem}-{name.strip('/').replace('/', '-')}") for name in names}
+    if len({*found.values()}) < len(found):
+        listed = ", ".join(names)
+        raise InvalidInput(f"one file for several of {listed}", "names that differ without their /", "one at a time")
+    for place in found.values():
+        check_target(place)
+    return found
 
 
 def legend(console: Console, lines: Sequence[str]) -> None:

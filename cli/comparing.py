@@ -66,8 +66,8 @@ def compare(
     from cli.subjects import samples, subjects
 
     console = out.console(output.json)
-    check_files(files)
     out.check_picture(plot)
+    check_files(files, json=output.json, plot=plot)
     protocol = protocol_of(ball, data.seed, attack, bounding)
     smoothing = _smoothing(sigma, protocol.norm)
     asked = subjects(networks)

@@ -7,17 +7,16 @@ from pathlib import Path
 from analysis.records import Report
 from cli import latex, markdown, page, spreadsheet
 from cli.options import FileOptions
-from cli.output import check_target
+from cli.output import check_targets
 from models.files import write
 
 #: How each option's file is written.
 TEXTS = {"html": page.text, "markdown": markdown.text, "csv": spreadsheet.text, "latex": latex.text}
 
 
-def check_files(options: FileOptions) -> None:
-    """Raise ``InvalidFile`` unless all files that are asked for can be written: before the work, not after it."""
-    for name in TEXTS:
-        check_target(getattr(options, name))
+def check_files(options: FileOptions, *records: Path | None, **others: str | Path | None) -> None:
+    """Raise unless the files that are asked for, and the ``others``, pass ``output.check_targets``."""
+    check_targets(*records, **vars(options), **others)
 
 
 def write_files(report: Report, options: FileOptions) -> tuple[Path, ...]:

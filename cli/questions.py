@@ -52,8 +52,8 @@ def report(
     check(asked)
     if (run.shard or run.slurm) and (output.json or any(vars(files).values())):
         raise InvalidInput("files of a report with a part of a run", "a whole run", "certify merge, then --from")
-    check_files(files)
     out.check_picture(layers.pixels)
+    check_files(files, run.out, run.from_, json=output.json, pixels=layers.pixels)
     if run.slurm is not None and run.out is not None:
         from cli.slurm import submit
 
@@ -121,13 +121,14 @@ def attack(
 
     from cli import output as out
     from cli import render
-    from cli.assessing import protocol_of
+    from cli.assessing import protocol_of, targets
     from cli.attacking import attacked, save
     from cli.subjects import samples, subjects
 
     console = out.console(output.json)
-    out.check_target(out_file)
+    out.check_targets(json=output.json, out=out_file)
     protocol, asked = protocol_of(ball, data.seed, attack), subjects(networks)
+    places = {} if out_file is None else targets(out_file, [network.name for network in asked])
     given = samples(data, asked)
     console.print(given.text)
     found = {}
@@ -137,8 +138,8 @@ def attack(
         for line in (f"\n[bold]{escape(network.name)}[/]: {network.network}", *render.conditions(result.evaluation)):
             console.print(line)
         console.print(render.accuracies(result.evaluation))
-        if out_file is not None:
-            save(out_file if len(asked) == 1 else out_file.with_stem(f"{out_file.stem}-{network.name}"), result)
+        if places:
+            save(places[network.name], result)
     out.publish(output.json, "attack", out.arguments(networks, data, ball, attack), {"networks": found})
 
 

@@ -72,6 +72,18 @@ CASES = {
     "samples that are no number": ("report net --samples many", 2),
     "normalisation of a checkpoint": ("report net --mean 0.5 --std 0.5", 2),
     "json into a missing folder": ("report net --json none/out.json", 5),
+    "json into a folder": ("report net --json net", 5),
+    "json without a name": ("report net --json=", 5),
+    "two outputs in one file": ("report net --html a.out --markdown ./a.out", 2),
+    "a page and numbers in one file": ("compare net --html a.out --json a.out", 2),
+    "verdicts and numbers in one file": ("gate net --min-clean 0.5 --junit a.out --json a.out", 2),
+    "witnesses and numbers in one file": ("attack net --out a.out --json a.out", 2),
+    "a plot and numbers in one file": ("lr-find --plot a.svg --json a.svg", 2),
+    "a page over a run's manifest": ("report net --out run --resume --html run/manifest.json", 2),
+    "a page over a run's records": ("report --from run --html run/records.jsonl", 2),
+    "numbers over the records that are read": ("report --from run/records.jsonl --json run/../run/records.jsonl", 2),
+    "numbers over a run's times": ("report --from run/records.jsonl --json run/timings.jsonl", 2),
+    "numbers over a shard": ("merge run --out merged --json run/records.jsonl", 2),
     "witnesses into a missing folder": ("attack net --out none/out.npz", 5),
     "a gate that wants nothing": ("gate net", 2),
     "a gate of NaN": ("gate net --min-certified nan", 2),
@@ -199,6 +211,9 @@ def plant(folder: Path) -> None:
     for name, line in (("logged", '{"epoch": 2, "gradi'), ("listing", "[]")):
         checkpoint(name, weights, text)
         (folder / name / "log.jsonl").write_text(f'{{"epoch": 1}}\n{line}')
+    (folder / "run").mkdir()
+    for name in ("records.jsonl", "manifest.json", "timings.jsonl"):
+        (folder / "run" / name).write_text("precious")
     (folder / "evil.pt").write_bytes(pickle.dumps(Evil()))
     torch.save({"0.weight": torch.ones(3, 3)}, folder / "other.pt")
     torch.save([torch.ones(3)], folder / "list.pt")
@@ -245,6 +260,8 @@ NAMED = {
     "train --method noise": "--set recipe.sigma=",
     "train --radius 0.1": "--method",
     "lr-find --data npz:labels.npz": "test images alone",
+    "report net --html a.out --json a.out": "the target of --html",
+    "report --from run --html run/records.jsonl": "a file of the records",
 }
 
 
@@ -253,6 +270,15 @@ def test_refusals_name_what_is_meant(words: str, folder: Path, capsys: pytest.Ca
     plant(folder)
     assert main(words.split()) == 2
     assert NAMED[words] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["", "net"])
+def test_a_folder_is_told_to_be_one(target: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--html", "--json"):
+        assert main(["report", "net", option, target]) == 5
+        said = capsys.readouterr().err
+        assert "is a folder" in said
+        assert "mkdir" not in said
 
 
 def test_there_are_at_least_thirty() -> None:

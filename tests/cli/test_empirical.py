@@ -14,7 +14,9 @@ from analysis.audit import Audit
 from analysis.sandwich import Sandwich
 from analysis.smoothing import SmoothedAccuracy
 from certify.attacks import APGD, Ensemble
+from certify.errors import InvalidInput
 from cli import theme
+from cli.assessing import targets
 from cli.main import main
 from models import checkpoint
 from models.data import load
@@ -99,6 +101,22 @@ def test_what_cannot_be_certified_can_be_attacked(folder: Path, capsys: Capture)
     assert "Adaptive" in text
     assert main(["report", "kwta", "--samples", "5", "--radius", "0.05"]) == 2
     assert len(capsys.readouterr().err.splitlines()) <= 3
+
+
+def test_networks_of_one_name_are_saved_apart(folder: Path, capsys: Capture) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(folder / "net", folder / name / "net")
+    said(capsys, "attack one/net two/net --radius 0.05 --samples 5 --steps 2 --out at.npz")
+    assert {path.name for path in folder.glob("*.npz")} == {"at-one-net.npz", "at-two-net.npz"}
+    (folder / "at-two-net.npz").unlink()
+    (folder / "at-two-net.npz").mkdir()
+    assert main(["attack", "one/net", "two/net", "--radius", "0.05", "--samples", "5", "--out", "at.npz"]) == 5
+    captured = capsys.readouterr()
+    assert "is a folder" in captured.err
+    assert captured.out == ""  # before anything is computed
+    assert main(["attack", "one/net", str(folder / "one/net"), "--samples", "5", "--out", "at.npz"]) == 0
+    with pytest.raises(InvalidInput):
+        targets(Path("at.npz"), ["a/net", "/a/net"])
 
 
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-t", "fmn", "deepfool", "square", "r-fgsm"])
