@@ -61,6 +61,24 @@ def check_layer(networks: Sequence[Subject], given: Samples, layer: str | None) 
             )
 
 
+def check_shown(report: Report, options: LayerOptions) -> None:
+    """Raise ``InvalidInput`` where records do not hold what is to be shown of the layers.
+
+    A network that is right on no image has no layers, and nothing is amiss.
+    """
+    asked = next((name for name in ("layer", "pixels") if getattr(options, name) is not None), None)
+    for network in report.networks if asked is not None else ():
+        if network.layers is not None:
+            if options.layer is not None:
+                grids.neurons(network.layers, options.layer)
+        elif network.evaluation.clean.count > 0:
+            raise InvalidInput(
+                f"--{asked} with records that hold no layers of {network.name}",
+                "records of a whole run that measured them",
+                "the run again without --no-layers, or to its end with --resume",
+            )
+
+
 def case_of(network: Subject, given: Samples, protocol: Protocol) -> Case:
     """Return the network and its samples as a run takes them."""
     x, y, classes = fit(network.model, inputs(network, given), given.y)

@@ -43,7 +43,7 @@ def report(
     from analysis import journal
     from certify.errors import InvalidInput
     from cli import output as out
-    from cli.assessing import draw_pixels, show_all
+    from cli.assessing import check_shown, draw_pixels, show_all
     from cli.exports import check_files, write_files
     from cli.running import Asked, carried_out, check, tell
 
@@ -62,6 +62,8 @@ def report(
         return
     result = None if run.from_ is not None else carried_out(asked)
     found = journal.read(run.from_ or "") if result is None else result.report
+    if run.from_ is not None:
+        check_shown(found, layers)
     if run.shard is None:
         show_all(console, found, layers.layer)
         draw_pixels(console, found.networks, layers.pixels)
