@@ -22,6 +22,11 @@ def methods_of(report: Report) -> tuple[str, ...]:
     return tuple(dict.fromkeys(method for network in report.networks for method in network.evaluation.methods))
 
 
+def of_all(report: Report) -> tuple[Grid, ...]:
+    """Return the tables that hold all networks."""
+    return accuracies(report), standings(report)
+
+
 def accuracies(report: Report) -> Grid:
     """Clean, attacked and certified accuracy per network and radius."""
     methods = methods_of(report)

@@ -45,6 +45,7 @@ def report(
     from cli import output as out
     from cli.assessing import check_shown, draw_pixels, show_all
     from cli.exports import check_files, write_files
+    from cli.extra import Extra
     from cli.running import Asked, carried_out, check, tell
 
     console = out.console(output.json)
@@ -67,7 +68,7 @@ def report(
     if run.shard is None:
         show_all(console, found, layers.layer)
         draw_pixels(console, found.networks, layers.pixels)
-        for path in write_files(found, files):
+        for path in write_files(found, files, Extra(layer=layers.layer)):
             console.print(f"written: {path}", markup=False, soft_wrap=True)
         out.publish_report(output.json, found)
     if result is not None and result.done < result.asked:

@@ -74,13 +74,18 @@ def test_report_prints_and_writes_the_same_numbers(folder: Path, capsys: Capture
 
 def test_report_looks_into_a_layer_and_draws_pixels(folder: Path, capsys: Capture) -> None:
     words = "report net --radius 0.02 --samples 20 --layer-samples 8 --layer act1 --pixels map.svg --json out.json"
-    text = said(capsys, words)
+    text = said(capsys, f"{words} --out run")
     report = NetworkReport.from_dict(json.loads((folder / "out.json").read_text())["results"]["networks"][0])
     assert report.layers is not None
     (inside,) = (layer for layer in report.layers.neurons if layer.layer == "act1")
     assert f"Inside act1 (ReLU): 10 of {inside.total} neurons" in text
     assert theme.percent(inside.rows[0].share) in text
     assert (folder / "map.svg").read_bytes().startswith(b"<?xml")
+    said(capsys, "report --from run --layer linear2 --html a.html --markdown a.md")
+    said(capsys, "report --from run --html b.html")
+    assert "Inside linear2" in (folder / "a.html").read_text()
+    assert "Inside linear2" in (folder / "a.md").read_text()
+    assert "Inside linear2" not in (folder / "b.html").read_text()  # an exact layer
     for words in ("--layer encoder", "--layer act1 --no-layers", "--pixels map.bmp", "--pixels no/where.svg"):
         assert run(f"report net --samples 5 {words}") in (2, 5)
         assert len(capsys.readouterr().err.splitlines()) <= 3
