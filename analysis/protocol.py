@@ -84,3 +84,8 @@ def describe(attack: Attack) -> str:
     options = [(item.name, getattr(attack, item.name), item.default) for item in fields(attack)]  # type: ignore[arg-type]
     shown = [f"{name}={value}" for name, value, default in options if name in ("steps", "restarts") or value != default]
     return f"{type(attack).__name__}({', '.join(shown)})"
+
+
+def attack_name(described: str) -> str:
+    """Return the attack's name alone, of what ``describe`` returned."""
+    return described.partition("(")[0]
