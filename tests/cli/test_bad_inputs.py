@@ -260,6 +260,7 @@ NAMED = {
     "train --method noise": "--set recipe.sigma=",
     "train --radius 0.1": "--method",
     "lr-find --data npz:labels.npz": "test images alone",
+    "report net --layer-radius 1e-400,36/255": "--layer-radius 1e-400,36/255",
     "report net --html a.out --json a.out": "the target of --html",
     "report --from run --html run/records.jsonl": "a file of the records",
 }

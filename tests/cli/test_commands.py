@@ -473,4 +473,16 @@ def test_numbers_have_three_digits(value: float | None, text: str) -> None:
 
 
 def test_radii_keep_their_form() -> None:
-    assert [theme.radius(Fraction(word)) for word in ("2/255", "0.1", "1/3", "0")] == ["2/255", "0.1", "1/3", "0"]
+    forms = {
+        "2/255": "2/255",
+        "36/255": "36/255",
+        "1/3": "85/255",
+        "1/7": "1/7",
+        "0.1": "0.1",
+        "51/255": "0.2",
+        "0": "0",
+    }
+    assert {word: theme.radius(Fraction(word)) for word in forms} == forms
+    assert theme.radius(Fraction(1, 10**400)) == "1e-400"
+    assert theme.share(Fraction(2, 3)) == "200/3"
+    assert [theme.fraction(Fraction(word)) for word in ("36/255", "0.05", "2")] == ["36/255", "1/20", "2"]

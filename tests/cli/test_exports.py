@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -141,6 +142,17 @@ def test_csv_holds_both_ends_of_every_interval(report: Report) -> None:
         assert sum(counts) == int(row["samples"]) == 300
         assert counts[0] >= round(300 * float(row["certified crown"]))
     assert [row["radius exact"] for row in rows[:3]] == ["2/255", "1/20", "1/10"]
+
+
+def test_radii_in_255ths_are_written_in_255ths(report: Report) -> None:
+    (network, _), at = report.networks, Fraction(36, 255)
+    rows = tuple(replace(row, radius=at) for row in network.evaluation.rows[:1])
+    samples = tuple(replace(s, outcomes=(replace(s.outcomes[0], radius=at),)) for s in network.evaluation.samples)
+    network = replace(network, evaluation=replace(network.evaluation, rows=rows, samples=samples))
+    for text in TEXTS.values():
+        found = text(replace(report, networks=(network,)))
+        assert "36/255" in found
+        assert "12/85" not in found
 
 
 def test_latex_has_a_row_per_network(report: Report) -> None:
