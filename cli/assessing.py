@@ -20,7 +20,7 @@ from certify.graph import trace
 from cli import grids, render, theme, words
 from cli.options import AttackOptions, BallOptions, BoundOptions, LayerOptions
 from cli.output import check_target
-from cli.parsing import attack_of, exponent, items, radii, single
+from cli.parsing import attack_of, distinct, exponent, radii, single
 from cli.subjects import Samples, Subject, inputs
 
 
@@ -32,7 +32,7 @@ def protocol_of(
     return Protocol(
         radii=radii(ball.radius),
         p=exponent(ball.norm),
-        methods=() if bounding is None else items(bounding.methods, "methods", "ibp,crown"),
+        methods=() if bounding is None else distinct(bounding.methods, "methods", "ibp,crown"),
         attack=attack_of(attack.attack, steps=attack.steps, restarts=attack.restarts),
         arithmetic="float" if bounding is None else bounding.arithmetic,
         seed=seed,

@@ -61,6 +61,15 @@ def items(text: str, name: str, example: str) -> tuple[str, ...]:
     return found
 
 
+def distinct(text: str, name: str, example: str) -> tuple[str, ...]:
+    """Return the words between commas, each of them once."""
+    found = items(text, name, example)
+    twice = next((word for word in found if found.count(word) > 1), None)
+    if twice is not None:
+        raise InvalidInput(f"--{name} {text}: {twice} twice", "each of them once", f"--{name} {example}")
+    return found
+
+
 def attack_of(name: str, **options: int | None) -> Attack:
     """Return the registered attack; options that are None keep its defaults (five restarts where it has some)."""
     kind: Any = lookup("attack", ATTACKS, name)

@@ -163,21 +163,21 @@ def lipschitz(
     from certify.lipschitz import lipschitz_constant
     from cli import output as out
     from cli import render
-    from cli.parsing import exponent, items
+    from cli.parsing import distinct, exponent
     from cli.subjects import required_shape, subjects
 
     console = out.console(output.json)
     found = {}
-    names = items(methods, "methods", _ESTIMATORS)
+    estimators = distinct(methods, "methods", _ESTIMATORS)
     for network in subjects(networks):
         shape, p = required_shape(network), exponent(norm)
         answers = []
-        for name in names:
+        for name in estimators:
             start, estimate, refusal = time.perf_counter(), None, ""
             try:
                 estimate = lipschitz_constant(network.model, p=p, method=name, input_shape=shape)
             except UnsupportedOperation as error:
-                if len(names) == 1:
+                if len(estimators) == 1:
                     raise
                 refusal = error.got
             answers.append(render.Answer(name, estimate, refusal, time.perf_counter() - start))
