@@ -175,6 +175,16 @@ def test_latex_has_a_row_per_network(report: Report) -> None:
     text = latex.text(report)
     body = text[text.index(r"\midrule") : text.index(r"\bottomrule")].splitlines()[1:]
     assert [line.split(" & ")[0] for line in body] == ["relu", "kaf"]
+    caption = next(line for line in text.splitlines() if line.startswith(r"\caption{"))
+    for word in (
+        "linf balls",
+        "PGD(steps=40, restarts=5)",
+        "float32-any-order",
+        "300 of 300 test images",
+        r"95 \% int",
+    ):
+        assert word in caption
+    assert caption.count("linf balls") == 1  # both networks were asked alike
     columns = text[text.index("{tabular}{") :].splitlines()[0].count("r") - 1
     assert all(line.count(" & ") == columns for line in body)
 
