@@ -116,7 +116,7 @@ def show(console: Console, report: NetworkReport, course: Course | None, layer: 
         console.print(line)
     console.print(render.accuracies(report.evaluation))
     if report.layers is not None:
-        at = f"radius {theme.radius(report.layers.radius)}, on {report.layers.count} images that it gets right"
+        at = f"radius {theme.radius(report.layers.radius)}, on {theme.images(report.layers.count)} that it gets right"
         console.print(f"The layers of {escape(report.name)} at {at}")
         for grid in grids.layer_grids(report.layers):
             console.print(render.drawn(grid))

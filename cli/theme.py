@@ -74,8 +74,7 @@ def span(ends: tuple[float, float]) -> str:
 
 def radius(value: Fraction) -> str:
     """0.05 where that is exact and short, else 8/255; 1e-400 where a fraction has no end."""
-    short, exact = _decimal(value), fraction(value)
-    return short or (exact if len(exact) <= LONGEST else f"{Decimal(value.numerator) / value.denominator:.3g}".lower())
+    return _decimal(value) or _bounded(fraction(value), value)
 
 
 def fraction(value: Fraction) -> str:
@@ -86,7 +85,7 @@ def fraction(value: Fraction) -> str:
 
 def share(value: Fraction) -> str:
     """60, or 200/3: percent, exact."""
-    return _decimal(100 * value) or str(100 * value)
+    return _decimal(100 * value) or _bounded(str(100 * value), 100 * value)
 
 
 def _decimal(value: Fraction) -> str:
@@ -95,9 +94,19 @@ def _decimal(value: Fraction) -> str:
     return text if Fraction(text) == value else ""
 
 
+def _bounded(text: str, value: Fraction) -> str:
+    """The text where it is short, else three digits."""
+    return text if len(text) <= LONGEST else f"{Decimal(value.numerator) / value.denominator:.3g}".lower()
+
+
 def count(value: int) -> str:
     """166,406."""
     return f"{value:,}" if value else "-"
+
+
+def images(count: int) -> str:
+    """1 image, 200 images."""
+    return f"{count:,} image{'' if count == 1 else 's'}"
 
 
 def shape(value: tuple[int, ...]) -> str:

@@ -262,6 +262,7 @@ NAMED = {
     "train --method noise": "--set recipe.sigma=",
     "train --radius 0.1": "--method",
     "lr-find --data npz:labels.npz": "test images alone",
+    "report net --sample-time-limit nan": "try: --sample-time-limit 3600",
     "report net --methods ibp,ibp": "ibp twice",
     "report net --layer-radius 1e-400,36/255": "--layer-radius 1e-400,36/255",
     "report net --html a.out --json a.out": "the target of --html",

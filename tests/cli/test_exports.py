@@ -222,6 +222,16 @@ def test_what_lowers_trust_is_said(report: Report) -> None:
     assert words.cautions(made_up(("many",), 3000)) == ("a warning that was noted",)
 
 
+def test_one_image_is_no_images(report: Report) -> None:
+    single = made_up(("net",), 1)
+    (network,) = single.networks
+    assert network.layers is not None
+    single = replace(single, networks=(replace(network, layers=replace(network.layers, count=1)),))
+    for text in (page.text(single), markdown.text(single)):
+        assert "of 1 image." in text
+        assert not re.findall(r"\b1 images", text)
+
+
 def test_a_report_without_layers_classes_or_methods_is_rendered() -> None:
     bare = replace(made_up(("only",), 5, layers=0), course=None, warnings=())
     (network,) = bare.networks
