@@ -84,7 +84,7 @@ def fraction(value: Fraction) -> str:
 
 
 def share(value: Fraction) -> str:
-    """60, or 200/3: percent, exact."""
+    """60, or 200/3: percent, exact but for what is too long to read."""
     return _decimal(100 * value) or _bounded(str(100 * value), 100 * value)
 
 
@@ -95,8 +95,9 @@ def _decimal(value: Fraction) -> str:
 
 
 def _bounded(text: str, value: Fraction) -> str:
-    """The text where it is short, else three digits."""
-    return text if len(text) <= LONGEST else f"{Decimal(value.numerator) / value.denominator:.3g}".lower()
+    """The text where it is short, else twelve digits."""
+    decimal = (Decimal(value.numerator) / value.denominator).normalize()
+    return text if len(text) <= LONGEST else f"{decimal:.12g}".lower()
 
 
 def count(value: int) -> str:

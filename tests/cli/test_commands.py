@@ -484,5 +484,6 @@ def test_radii_keep_their_form() -> None:
     }
     assert {word: theme.radius(Fraction(word)) for word in forms} == forms
     assert theme.radius(Fraction(1, 10**400)) == "1e-400"
+    assert theme.radius(Fraction("0.0313725490196")) == "0.0313725490196"
     assert [theme.share(value) for value in (Fraction(2, 3), Fraction(1, 10**400))] == ["200/3", "1e-398"]
     assert [theme.fraction(Fraction(word)) for word in ("36/255", "0.05", "2")] == ["36/255", "1/20", "2"]
