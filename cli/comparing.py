@@ -176,8 +176,8 @@ def radii(found: Sequence[Sandwich]) -> Grid:
             rows.append((item.name, words, str(len(values)), *cells))
     heads = "network", "radius", "images", *(f"{100 * share:.0f} %" for share in SHARES)
     note = (
-        f"proved up to: by {found[0].method}, bisected. broken at: the nearest adversarial example that FMN found. The "
-        "true distance of every image that is right lies between the two."
+        f"proved up to: by {found[0].method}, bisected, or by any method at a radius above. broken at: the nearest "
+        "adversarial example of all attacks. The true distance of every image that is right lies between the two."
     )
     return Grid(
         f"Radii ({found[0].last.norm}), quantiles over the images that are right", heads, tuple(rows), note=note
