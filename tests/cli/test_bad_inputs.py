@@ -82,9 +82,6 @@ CASES = {
     "witnesses and numbers in one file": ("attack net --out a.out --json a.out", 2),
     "a plot and numbers in one file": ("lr-find --plot a.svg --json a.svg", 2),
     "a page over a run's manifest": ("report net --out run --resume --html run/manifest.json", 2),
-    "a page over a run's records": ("report --from run --html run/records.jsonl", 2),
-    "numbers over the records that are read": ("report --from run/records.jsonl --json run/../run/records.jsonl", 2),
-    "numbers over a run's times": ("report --from run/records.jsonl --json run/timings.jsonl", 2),
     "numbers over a shard": ("merge run --out merged --json run/records.jsonl", 2),
     "witnesses into a missing folder": ("attack net --out none/out.npz", 5),
     "a gate that wants nothing": ("gate net", 2),
@@ -267,14 +264,18 @@ NAMED = {
     "report net --layer-radius 1e-400,36/255": "--layer-radius 1e-400,36/255",
     "report net --html a.out --json a.out": "the target of --html",
     "report --from run --html run/records.jsonl": "a file of the records",
+    "report --from run/records.jsonl --json run/../run/records.jsonl": "a file of the records",
+    "report --from run/records.jsonl --json run/timings.jsonl": "a file of the records",
 }
 
 
 @pytest.mark.parametrize("words", NAMED)
 def test_refusals_name_what_is_meant(words: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plant(folder)
+    before = snapshot(folder)
     assert main(words.split()) == 2
     assert NAMED[words] in capsys.readouterr().err
+    assert snapshot(folder) == before
 
 
 @pytest.mark.parametrize("target", ["", "net"])
