@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.figures import COLOURS, MARKERS, figure
+from analysis.protocol import attack_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from analysis.records import Evaluation, Rate
     from analysis.sandwich import Sandwich
 
-#: What a sandwich is made of.
-LAYERS = ("clean", "after PGD", "after all attacks", "certified")
 #: Bins of the margins, at most, and the share of them beyond either end, which goes into the end bins.
 BINS, BEYOND = 40, 0.01
 
@@ -44,14 +43,14 @@ def sandwich_curves(found: Sequence[Sandwich]) -> Figure:
     for panel, item in zip(axes, found, strict=True):
         radii = [float(row.radius) for row in item.last.rows]
         layers = zip(*(item.layers(place) for place in range(len(radii))), strict=True)
-        for turn, (label, rates) in enumerate(zip(LAYERS, layers, strict=True)):
+        labels = "clean", f"after {attack_name(item.first.attack)}", "after all attacks", "certified"
+        for turn, (label, rates) in enumerate(zip(labels, layers, strict=True)):
             _curve(panel, turn, radii, list(rates), label)
         panel.set_title(item.name, fontsize=9)
         panel.set_ylim(-2, 102)
         panel.set_xlabel(f"radius ({item.last.norm})")
     axes[0].set_ylabel("% right")
-    handles, labels = axes[0].get_legend_handles_labels()
-    made.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    made.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return made
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from fractions import Fraction
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -80,7 +81,31 @@ class Protocol:
 
 
 def describe(attack: Attack) -> str:
-    """Return the attack's name with its numbers of steps and restarts, and what differs from its defaults."""
-    options = [(item.name, getattr(attack, item.name), item.default) for item in fields(attack)]  # type: ignore[arg-type]
-    shown = [f"{name}={value}" for name, value, default in options if name in ("steps", "restarts") or value != default]
+    """Return the attack's name with its numbers of steps and restarts, and what differs from its defaults.
+
+    Attacks inside it are described alike.
+    """
+    options = [(item, getattr(attack, item.name)) for item in fields(attack)]  # type: ignore[arg-type]
+    shown = [
+        f"{item.name}={_words(value)}"
+        for item, value in options
+        if item.name in ("steps", "restarts") or value != _default(item)
+    ]
     return f"{type(attack).__name__}({', '.join(shown)})"
+
+
+def _words(value: object) -> str:
+    if isinstance(value, Attack):
+        return describe(value)
+    if isinstance(value, tuple) and any(isinstance(item, Attack) for item in value):
+        return f"[{', '.join(map(_words, value))}]"
+    return str(value)
+
+
+def _default(item: Field[Any]) -> object:
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def attack_name(described: str) -> str:
+    """Return the attack's name alone, of what ``describe`` returned."""
+    return described.partition("(")[0]

@@ -18,7 +18,8 @@ from certify.errors import InvalidInput
 from certify.graph import trace
 from cli import grids, render, theme, words
 from cli.options import AttackOptions, BallOptions, BoundOptions, LayerOptions
-from cli.parsing import attack_of, exponent, items, radii, single
+from cli.output import check_target
+from cli.parsing import attack_of, distinct, exponent, radii, single
 from cli.subjects import Samples, Subject, inputs
 from models.files import tensor_digest
 
@@ -31,7 +32,7 @@ def protocol_of(
     return Protocol(
         radii=radii(ball.radius),
         p=exponent(ball.norm),
-        methods=() if bounding is None else items(bounding.methods, "methods", "ibp,crown"),
+        methods=() if bounding is None else distinct(bounding.methods, "methods", "ibp,crown"),
         attack=attack_of(attack.attack, steps=attack.steps, restarts=attack.restarts),
         arithmetic="float" if bounding is None else bounding.arithmetic,
         seed=seed,
@@ -57,6 +58,24 @@ def check_layer(networks: Sequence[Subject], given: Samples, layer: str | None) 
         if layer not in names:
             raise InvalidInput(
                 f"no layer {layer!r} in {network.name}", f"one of {', '.join(names)}", "pick a layer from that list"
+            )
+
+
+def check_shown(report: Report, options: LayerOptions) -> None:
+    """Raise ``InvalidInput`` where records do not hold what is to be shown of the layers.
+
+    A network that is right on no image has no layers, and nothing is amiss.
+    """
+    asked = next((name for name in ("layer", "pixels") if getattr(options, name) is not None), None)
+    for network in report.networks if asked is not None else ():
+        if network.layers is not None:
+            if options.layer is not None:
+                grids.neurons(network.layers, options.layer)
+        elif network.evaluation.clean.count > 0:
+            raise InvalidInput(
+                f"--{asked} with records that hold no layers of {network.name}",
+                "records of a whole run that measured them",
+                "the run again without --no-layers, or to its end with --resume",
             )
 
 
@@ -97,7 +116,7 @@ def show(console: Console, report: NetworkReport, course: Course | None, layer: 
         console.print(line)
     console.print(render.accuracies(report.evaluation))
     if report.layers is not None:
-        at = f"radius {theme.radius(report.layers.radius)}, on {report.layers.count} images that it gets right"
+        at = f"radius {theme.radius(report.layers.radius)}, on {theme.images(report.layers.count)} that it gets right"
         console.print(f"The layers of {escape(report.name)} at {at}")
         for grid in grids.layer_grids(report.layers):
             console.print(render.drawn(grid))
@@ -127,16 +146,29 @@ def draw_pixels(console: Console, reports: Sequence[NetworkReport], target: Path
     """Save each network's map of the pixels that its bounds depend on."""
     from analysis import figures
 
-    for report in reports if target is not None else ():
+    if target is None:
+        return
+    places = targets(target, [report.name for report in reports])
+    for report in reports:
         if report.layers is not None and report.layers.pixels is not None:
-            place = Path(str(target)) if len(reports) == 1 else named(Path(str(target)), report.name)
-            picture = figures.pixel_map(report.layers.pixels)
-            console.print(f"pixels of {report.name}: {figures.save(picture, place)}", markup=False, soft_wrap=True)
+            saved = figures.save(figures.pixel_map(report.layers.pixels), places[report.name])
+            console.print(f"pixels of {report.name}: {saved}", markup=False, soft_wrap=True)
 
 
-def named(path: Path, name: str) -> Path:
-    """Return the path with a network's name in it; what would make a folder of it becomes a dash."""
-    return path.with_stem(f"{path.stem}-{name.strip('/').replace('/', '-')}")
+def targets(path: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Return a file per network: the path itself for a single one, else with the network's name in it.
+
+    What would make a folder of a name becomes a dash. Raises ``InvalidInput`` where two names would share a file.
+    """
+    if len(names) == 1:
+        return {names[0]: path}
+    found = {name: path.with_stem(f"{path.stem}-{name.strip('/').replace('/', '-')}") for name in names}
+    if len({*found.values()}) < len(found):
+        listed = ", ".join(names)
+        raise InvalidInput(f"one file for several of {listed}", "names that differ without their /", "one at a time")
+    for place in found.values():
+        check_target(place)
+    return found
 
 
 def legend(console: Console, lines: Sequence[str]) -> None:

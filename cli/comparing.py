@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,7 +51,7 @@ def compare(
 ) -> None:
     """Empirical against certified robustness, per image.
 
-    clean >= PGD >= ensemble >= certified at every radius; the radius proved beside the nearest adversarial example;
+    clean >= attack >= ensemble >= certified at every radius; the radius proved beside the nearest adversarial example;
     networks on the same images, paired (McNemar); class by class.
     """
     from dataclasses import replace
@@ -60,14 +60,17 @@ def compare(
     from analysis.manifest import versions
     from analysis.records import NetworkReport, Report
     from cli import output as out
+    from cli import overview
     from cli.assessing import protocol_of
     from cli.exports import check_files, write_files
+    from cli.extra import Extra
+    from cli.pictures import of_sandwich
     from cli.render import drawn
     from cli.subjects import samples, subjects
 
     console = out.console(output.json)
-    check_files(files)
     out.check_picture(plot)
+    check_files(files, json=output.json, plot=plot)
     protocol = protocol_of(ball, data.seed, attack, bounding)
     smoothing = _smoothing(sigma, protocol.norm)
     asked = subjects(networks)
@@ -81,13 +84,15 @@ def compare(
         for n, item in zip(asked, found, strict=True)
     )
     report = Report("compare", options, given.text, data.seed, versions(), reports)
-    for grid in grids_of(found, smoothed, report):
+    tables = tables_of(found, smoothed, report)
+    for grid in (*tables, *map(overview.classes, reports)):
         console.print(drawn(grid))
         if grid.note:
             console.print(grid.note, style="dim", soft_wrap=True)
     if plot is not None:
         console.print(f"plot: {figures.save(curves.sandwich_curves(found), plot)}", soft_wrap=True)
-    for path in write_files(report, files):
+    pictures = tuple(of_sandwich(item, f"s{place}") for place, item in enumerate(found)) if files.html else ()
+    for path in write_files(report, files, Extra(tables, pictures)):
         console.print(f"written: {path}", markup=False, soft_wrap=True)
     results = {"samples": given.text, "networks": found, "smoothed": smoothed}
     out.publish(output.json, "compare", options, results)
@@ -125,21 +130,17 @@ def _smoothed(network: Subject, given: Samples, protocol: Protocol, smoothing: S
         return smoothed_accuracy(network.model, x, given.y, smoothing, protocol, index=given.index, tick=tick)
 
 
-def grids_of(found: Sequence[Sandwich], smoothed: Sequence[SmoothedAccuracy], report: Report) -> Iterable[Grid]:
-    """Yield all tables: accuracies, what is known, radii, pairs of networks, classes."""
+def tables_of(found: Sequence[Sandwich], smoothed: Sequence[SmoothedAccuracy], report: Report) -> tuple[Grid, ...]:
+    """Return the tables that hold all networks: accuracies, what is known, radii, pairs."""
     from cli import overview
 
-    yield accuracies(found, smoothed)
-    yield overview.standings(report)
-    yield radii(found)
-    if len(found) > 1:
-        yield pairs(found)
-    for network in report.networks:
-        yield overview.classes(network)
+    paired = (pairs(found),) if len(found) > 1 else ()
+    return (accuracies(found, smoothed), overview.standings(report), radii(found), *paired)
 
 
 def accuracies(found: Sequence[Sandwich], smoothed: Sequence[SmoothedAccuracy]) -> Grid:
     """Four accuracies per network and radius, each at most the one before; beside them that of the smoothed network."""
+    from analysis.protocol import attack_name
     from cli.grids import Grid
     from cli.theme import radius, rate
 
@@ -149,8 +150,9 @@ def accuracies(found: Sequence[Sandwich], smoothed: Sequence[SmoothedAccuracy]) 
             probable = [rate(smoothed[i].certified[place])] if smoothed else []
             rows.append((item.name, radius(row.radius), *map(rate, item.layers(place)), *probable))
     first, methods = found[0].first.attack, " or ".join(found[0].last.methods)
-    note = f"after PGD: {first}. after all: that, APGD-CE, APGD-T, FMN and Square. certified: by {methods}."
-    heads = ["network", "radius", "clean", "after PGD", "after all", "certified"]
+    alone = f"after {attack_name(first)}"
+    note = f"{alone}: {first}. after all: that, APGD-CE, APGD-T, FMN and Square. certified: by {methods}."
+    heads = ["network", "radius", "clean", alone, "after all", "certified"]
     if smoothed:
         heads.append("PROBABLE\n(smoothed)")
         note += (
@@ -174,8 +176,8 @@ def radii(found: Sequence[Sandwich]) -> Grid:
             rows.append((item.name, words, str(len(values)), *cells))
     heads = "network", "radius", "images", *(f"{100 * share:.0f} %" for share in SHARES)
     note = (
-        f"proved up to: by {found[0].method}, bisected. broken at: the nearest adversarial example that FMN found. The "
-        "true distance of every image that is right lies between the two."
+        f"proved up to: by {found[0].method}, bisected, or by any method at a radius above. broken at: the nearest "
+        "adversarial example of all attacks. The true distance of every image that is right lies between the two."
     )
     return Grid(
         f"Radii ({found[0].last.norm}), quantiles over the images that are right", heads, tuple(rows), note=note

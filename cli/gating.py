@@ -51,7 +51,7 @@ def gate(
     from models.files import write
 
     wanted, console = gates_of(gates), out.console(output.json)
-    out.check_target(gates.junit)
+    out.check_targets(json=output.json, junit=gates.junit)
     protocol = protocol_of(ball, data.seed, attack, bounding)
     if gates.min_certified is None:
         protocol = replace(protocol, methods=())

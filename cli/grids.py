@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from analysis.gates import GateResult
 from analysis.layer_records import LayerRow, Neuron, Neurons, Sensitivity
 from certify.errors import InvalidInput
-from cli.theme import BAD, DIM, GOOD, NAME, count, number, percent, radius, rate, shape, share, span
+from cli.theme import BAD, DIM, GOOD, NAME, count, images, number, percent, radius, rate, shape, share, span
 from cli.words import QUANTITY
 
 
@@ -82,7 +82,7 @@ def neurons(found: Sensitivity, layer: str) -> Grid:
     inside = {item.layer: item for item in found.neurons}
     if layer not in inside:
         raise InvalidInput(f"no layer {layer!r}", f"one of {', '.join(inside)}", "pick a layer from that list")
-    return _inside(inside[layer], f"means over {found.count} images at radius {radius(found.radius)}")
+    return _inside(inside[layer], f"means over {images(found.count)} at radius {radius(found.radius)}")
 
 
 def _inside(found: Neurons, where: str) -> Grid:

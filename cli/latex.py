@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from analysis.records import NetworkReport, Rate, Report
 from cli.overview import methods_of
+from cli.render import conditions
 from cli.theme import radius, rate
 
 #: What has a meaning in LaTeX, and how it is written.
@@ -25,7 +26,9 @@ def text(report: Report) -> str:
     names = ["attacked", *(f"certified ({escaped(method)})" for method in methods)] * len(radii)
     lines = [
         r"% \usepackage{booktabs}",
-        rf"% {escaped(report.samples)}",
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{_caption(report)}}}",
         rf"\begin{{tabular}}{{lr{'r' * block * len(radii)}}}",
         r"\toprule",
         " & ".join(["", "", *spans]) + r" \\",
@@ -35,8 +38,15 @@ def text(report: Report) -> str:
         *(_line(network, report) for network in report.networks),
         r"\bottomrule",
         r"\end{tabular}",
+        r"\end{table}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _caption(report: Report) -> str:
+    """What was measured, on which samples, and under which perturbations, attack and arithmetic."""
+    told = dict.fromkeys(line for network in report.networks for line in conditions(network.evaluation))
+    return escaped(f"Accuracy in percent (95 % interval) on {report.samples}; {'; '.join(told)}.")
 
 
 def _line(network: NetworkReport, report: Report) -> str:

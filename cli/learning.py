@@ -178,7 +178,8 @@ def overfitting_words(epoch: int, config: TrainConfig, result: TrainingResult) -
         "stop": "stopped there with the best weights",
         "report": "went on all the same",
     }
-    answered = epoch < len(result.records) or result.status == "overfitted"
+    stopped = result.status == "overfitted" and epoch < config.epochs
+    answered = epoch < len(result.records) or stopped
     answer = answers[config.watch.overfitting] if answered else "no epoch came after it; the best weights are kept"
     return (
         f"catastrophic overfitting after epoch {epoch}: {config.recipe.name} holds against its own attack and not "

@@ -21,6 +21,7 @@ from cli.learning import train
 from cli.merging import merge
 from cli.rates import lr_find
 from cli.smoothing import smooth
+from cli.streams import outlive_readers
 from cli.sweeping import sweep
 
 app = typer.Typer(
@@ -57,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run() -> None:
     """Run the command line's arguments and exit."""
+    outlive_readers()
     sys.exit(main())
 
 

@@ -7,41 +7,43 @@ from collections.abc import Iterable, Iterator
 
 from analysis.records import NetworkReport, Report
 from cli import grids, overview, words
+from cli.extra import NOTHING, Extra
 from cli.grids import Grid
 
 
-def text(report: Report) -> str:
+def text(report: Report, extra: Extra = NOTHING) -> str:
     """Return the Markdown file's text."""
-    return "\n\n".join(_parts(report)) + "\n"
+    return "\n\n".join(_parts(report, extra)) + "\n"
 
 
-def _parts(report: Report) -> Iterator[str]:
+def _parts(report: Report, extra: Extra) -> Iterator[str]:
     yield f"# {plain(words.title(report))}"
     yield bullets(" ".join(words.verdict(network)) for network in report.networks)
     cautions = words.cautions(report)
     if cautions:
         yield "**Warnings**"
         yield bullets(cautions)
-    yield from table(overview.accuracies(report))
-    yield from table(overview.standings(report))
+    for grid in extra.tables or overview.of_all(report):
+        yield from table(grid)
     differences = [line for pair in words.contrasts(report.networks) for line in pair]
     if differences:
         yield bullets(differences)
     for network in report.networks:
-        yield from _network(network)
-    for grid in (overview.settings(report), overview.course(report)):
-        if grid is not None:
-            yield from table(grid)
+        yield from _network(network, extra.layer)
+    for kept in (overview.settings(report), overview.course(report)):
+        if kept is not None:
+            yield from table(kept)
     yield bullets(overview.contract(report))
 
 
-def _network(network: NetworkReport) -> Iterator[str]:
+def _network(network: NetworkReport, layer: str | None) -> Iterator[str]:
     yield f"## {plain(network.name)}"
     yield from table(overview.classes(network))
     yield from table(overview.closest(network))
     if network.layers is not None:
         yield bullets(network.layers.sentences)
-        for grid in grids.layer_grids(network.layers):
+        inside = () if layer is None else (grids.neurons(network.layers, layer),)
+        for grid in (*grids.layer_grids(network.layers), *inside):
             yield from table(grid)
 
 

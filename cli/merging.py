@@ -24,6 +24,7 @@ def merge(
     from cli.assessing import show_all
 
     console = writer.console(output.json)
+    writer.check_targets(*folders, out, json=output.json)
     report = joined(folders, out)
     show_all(console, report)
     writer.publish_report(output.json, report)

@@ -15,10 +15,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from analysis.journal import MANIFEST, RECORDS, TIMINGS
 from analysis.manifest import versions
 from analysis.plain import encode
 from analysis.records import Report
-from certify.errors import InvalidFile
+from certify.errors import InvalidFile, InvalidInput
 from cli.theme import PLAIN_WIDTH
 from models.files import write
 
@@ -46,19 +47,46 @@ def check_target(target: str | Path | None) -> None:
     if target is None or target == STDOUT:
         return
     path = Path(target)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.is_dir():
+        raise InvalidFile(f"cannot write {path}: it is a folder", "the name of a file", f"{path / 'NAME'}")
+    if not path.parent.is_dir():
         raise InvalidFile(
             f"cannot write {path}", "a file in an existing folder", f"mkdir -p {path.parent}, or another name"
         )
+    if not os.access(path.parent, os.W_OK):
+        raise InvalidFile(f"cannot write {path}", "a folder that can be written to", "another folder")
+
+
+def check_targets(*records: Path | None, **targets: str | Path | None) -> None:
+    """Raise unless each of the ``targets``, named by its option, can be written and is a file of its own.
+
+    None may be a file of the ``records`` (folders of runs, or files in them). Raises ``InvalidFile`` or
+    ``InvalidInput``: before the work, not after it.
+    """
+    taken = {file: "a file of the records" for place in records if place is not None for file in _kept(place)}
+    for name, target in targets.items():
+        check_target(target)
+        if target is None or target == STDOUT:
+            continue
+        place = Path(target).resolve()
+        if place in taken:
+            raise InvalidInput(f"--{name} {target}: that is {taken[place]}", "a file of its own", "another name")
+        taken[place] = f"the target of --{name}"
+
+
+def _kept(place: Path) -> Iterator[Path]:
+    """The files in which a run is kept: those of a folder, or of the one that a file lies in."""
+    folder = place.parent if place.is_file() else place
+    for name in (place.resolve(), RECORDS, TIMINGS, MANIFEST):
+        yield folder.resolve() / name
 
 
 def check_picture(target: Path | None) -> None:
-    """Raise ``InvalidInput`` or ``InvalidFile`` unless a picture can be written at ``target``."""
+    """Raise ``InvalidInput`` unless ``target`` has the ending of a picture."""
     from analysis.figures import check_kind
 
     if target is not None:
         check_kind(target)
-        check_target(target)
 
 
 @contextmanager

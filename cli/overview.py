@@ -22,6 +22,11 @@ def methods_of(report: Report) -> tuple[str, ...]:
     return tuple(dict.fromkeys(method for network in report.networks for method in network.evaluation.methods))
 
 
+def of_all(report: Report) -> tuple[Grid, ...]:
+    """Return the tables that hold all networks."""
+    return accuracies(report), standings(report)
+
+
 def accuracies(report: Report) -> Grid:
     """Clean, attacked and certified accuracy per network and radius."""
     methods = methods_of(report)
@@ -63,7 +68,7 @@ def classes(network: NetworkReport) -> Grid:
     """Accuracies class by class, certified by any method."""
     radii = [row.radius for row in network.evaluation.rows]
     heads = ["class", "images", "clean"]
-    heads += [f"{what}\n{radius(at)}" for at in radii for what in ("attacked", "certified")]
+    heads += [f"{what}\n{radius(at)}" for at in radii for what in ("attacked", "proved")]
     groups: dict[int, list[SampleRecord]] = {}
     for sample in network.evaluation.samples:
         groups.setdefault(sample.label, []).append(sample)
@@ -75,7 +80,8 @@ def classes(network: NetworkReport) -> Grid:
             cells.append(rate(Rate(sum(not outcome.attacked for outcome in found), len(found))))
             cells.append(rate(Rate(sum(outcome.verdict == "holds" for outcome in found), len(found))))
         rows.append(tuple(cells))
-    return Grid("Class by class, accuracy in percent (95 % interval)", tuple(heads), tuple(rows))
+    title = f"Class by class: {network.name}, accuracy in percent (95 % interval)"
+    return Grid(title, tuple(heads), tuple(rows), note="proved: certified by any method")
 
 
 def closest(network: NetworkReport) -> Grid:

@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 from analysis.advice import TOP
 from analysis.records import NetworkReport, Report
 from cli import grids, overview, words
+from cli.extra import NOTHING, Extra
 from cli.grids import Grid
 from cli.pictures import Picture, of_evaluation, of_layers
 from cli.theme import radius
@@ -34,31 +35,33 @@ class Section:
     pictures: tuple[Picture, ...] = ()
 
 
-def text(report: Report) -> str:
+def text(report: Report, extra: Extra = NOTHING) -> str:
     """Return the page: HTML5, the same bytes for the same report; what the report holds is escaped."""
-    sections = tuple(_section(network, place, report) for place, network in enumerate(report.networks))
+    sections = tuple(_section(network, place, report, extra.layer) for place, network in enumerate(report.networks))
+    drawn = chain(*(of_evaluation(network, f"n{place}") for place, network in enumerate(report.networks)))
     return _template().render(
         title=words.title(report),
         report=report,
         verdicts=[(network.name, " ".join(words.verdict(network))) for network in report.networks],
         cautions=words.cautions(report),
         differences=tuple(chain(*words.contrasts(report.networks))),
-        tables=(overview.accuracies(report), overview.standings(report)),
-        pictures=[p for place, network in enumerate(report.networks) for p in of_evaluation(network, f"n{place}")],
+        tables=extra.tables or overview.of_all(report),
+        pictures=[*extra.pictures, *drawn],
         sections=sections,
+        measures_layers=report.command != "compare",
         legends=(words.LEGEND, words.LAYER_LEGEND),
         settings=[grid for grid in (overview.settings(report), overview.course(report)) if grid is not None],
         contract=overview.contract(report),
     )
 
 
-def _section(network: NetworkReport, place: int, report: Report) -> Section:
+def _section(network: NetworkReport, place: int, report: Report, layer: str | None) -> Section:
     found, anchor = network.layers, f"n{place}"
     tables = overview.classes(network), overview.closest(network)
     if found is None:
         return Section(network, anchor, tables)
-    top, asked = min(TOP, len(found.ranking)), report.arguments.get("layer")
-    wanted = dict.fromkeys((*found.ranking[:top], *([asked] if asked else [])))
+    top = min(TOP, len(found.ranking))
+    wanted = dict.fromkeys((*found.ranking[:top], *([] if layer is None else [layer])))
     return Section(
         network,
         anchor,

@@ -9,6 +9,7 @@ from typing import Any
 from certify.attacks import Attack
 from certify.errors import InvalidInput, unknown_name
 from certify.registry import ATTACKS, lookup
+from cli import theme
 from models.training.fields import exact, exact_radius
 from models.training.recipe import NORMS
 
@@ -21,7 +22,8 @@ def radii(text: str) -> tuple[Fraction, ...]:
 def single(values: tuple[Fraction, ...], name: str) -> Fraction:
     """Return the only value; raises ``InvalidInput`` where there are more."""
     if len(values) != 1:
-        raise InvalidInput(f"--{name} {','.join(map(str, values))}", f"one {name}", f"--{name} {values[0]}")
+        words = [theme.radius(value) for value in values]
+        raise InvalidInput(f"--{name} {','.join(words)}", f"one {name}", f"--{name} {words[0]}")
     return values[0]
 
 
@@ -56,6 +58,15 @@ def items(text: str, name: str, example: str) -> tuple[str, ...]:
     found = tuple(word.strip() for word in text.split(","))
     if not all(found):
         raise InvalidInput(f"--{name} {text!r}", "values separated by commas", f"--{name} {example}")
+    return found
+
+
+def distinct(text: str, name: str, example: str) -> tuple[str, ...]:
+    """Return the words between commas, each of them once."""
+    found = items(text, name, example)
+    twice = next((word for word in found if found.count(word) > 1), None)
+    if twice is not None:
+        raise InvalidInput(f"--{name} {text}: {twice} twice", "each of them once", f"--{name} {example}")
     return found
 
 

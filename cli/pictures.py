@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from analysis import curves, figures
 from analysis.layer_records import Pixels, Sensitivity
+from analysis.protocol import attack_name
 from analysis.records import Evaluation, NetworkReport
+from analysis.sandwich import Sandwich
 from cli.inline import inline
 from cli.theme import number, percent, radius, span
 
@@ -49,6 +51,17 @@ def _rates_in_words(name: str, found: Evaluation) -> str:
         after = f"after attack {percent(row.attacked.value)}"
         parts.append(f"at radius {radius(row.radius)} {', '.join([after, *certified])}")
     return f"Accuracy of {name} against radius: {'; '.join(parts)}."
+
+
+def of_sandwich(found: Sandwich, name: str) -> Picture:
+    """Return accuracy against radius, clean, after the first attack, after all and certified by any method."""
+    words = []
+    for place, row in enumerate(found.last.rows):
+        clean, first, every, certified = (percent(rate.value) for rate in found.layers(place))
+        alone = f"after {attack_name(found.first.attack)} {first}, after all {every}"
+        words.append(f"at radius {radius(row.radius)} clean {clean}, {alone}, certified {certified}")
+    drawn = inline(curves.sandwich_curves([found]), name, f"Accuracy of {found.name}: {'; '.join(words)}.")
+    return Picture(drawn, f"{found.name}: accuracy between attacks and proofs, bands are 95 % intervals")
 
 
 def of_layers(found: Sensitivity, name: str, networks: int = 1) -> Iterator[Picture]:

@@ -43,8 +43,9 @@ def report(
     from analysis import journal
     from certify.errors import InvalidInput
     from cli import output as out
-    from cli.assessing import draw_pixels, show_all
+    from cli.assessing import check_shown, draw_pixels, show_all
     from cli.exports import check_files, write_files
+    from cli.extra import Extra
     from cli.running import Asked, carried_out, check, tell
 
     console = out.console(output.json)
@@ -52,8 +53,8 @@ def report(
     check(asked)
     if (run.shard or run.slurm) and (output.json or any(vars(files).values())):
         raise InvalidInput("files of a report with a part of a run", "a whole run", "certify merge, then --from")
-    check_files(files)
     out.check_picture(layers.pixels)
+    check_files(files, run.out, run.from_, json=output.json, pixels=layers.pixels)
     if run.slurm is not None and run.out is not None:
         from cli.slurm import submit
 
@@ -62,10 +63,12 @@ def report(
         return
     result = None if run.from_ is not None else carried_out(asked)
     found = journal.read(run.from_ or "") if result is None else result.report
+    if run.from_ is not None:
+        check_shown(found, layers)
     if run.shard is None:
         show_all(console, found, layers.layer)
         draw_pixels(console, found.networks, layers.pixels)
-        for path in write_files(found, files):
+        for path in write_files(found, files, Extra(layer=layers.layer)):
             console.print(f"written: {path}", markup=False, soft_wrap=True)
         out.publish_report(output.json, found)
     if result is not None and result.done < result.asked:
@@ -121,13 +124,14 @@ def attack(
 
     from cli import output as out
     from cli import render
-    from cli.assessing import protocol_of
+    from cli.assessing import protocol_of, targets
     from cli.attacking import attacked, save
     from cli.subjects import samples, subjects
 
     console = out.console(output.json)
-    out.check_target(out_file)
+    out.check_targets(json=output.json, out=out_file)
     protocol, asked = protocol_of(ball, data.seed, attack), subjects(networks)
+    places = {} if out_file is None else targets(out_file, [network.name for network in asked])
     given = samples(data, asked)
     console.print(given.text)
     found = {}
@@ -137,8 +141,8 @@ def attack(
         for line in (f"\n[bold]{escape(network.name)}[/]: {network.network}", *render.conditions(result.evaluation)):
             console.print(line)
         console.print(render.accuracies(result.evaluation))
-        if out_file is not None:
-            save(out_file if len(asked) == 1 else out_file.with_stem(f"{out_file.stem}-{network.name}"), result)
+        if places:
+            save(places[network.name], result)
     out.publish(output.json, "attack", out.arguments(networks, data, ball, attack), {"networks": found})
 
 
@@ -159,21 +163,21 @@ def lipschitz(
     from certify.lipschitz import lipschitz_constant
     from cli import output as out
     from cli import render
-    from cli.parsing import exponent, items
+    from cli.parsing import distinct, exponent
     from cli.subjects import required_shape, subjects
 
     console = out.console(output.json)
     found = {}
-    names = items(methods, "methods", _ESTIMATORS)
+    estimators = distinct(methods, "methods", _ESTIMATORS)
     for network in subjects(networks):
         shape, p = required_shape(network), exponent(norm)
         answers = []
-        for name in names:
+        for name in estimators:
             start, estimate, refusal = time.perf_counter(), None, ""
             try:
                 estimate = lipschitz_constant(network.model, p=p, method=name, input_shape=shape)
             except UnsupportedOperation as error:
-                if len(names) == 1:
+                if len(estimators) == 1:
                     raise
                 refusal = error.got
             answers.append(render.Answer(name, estimate, refusal, time.perf_counter() - start))

@@ -42,9 +42,8 @@ def lr_find(
     from models.training import find_rate
 
     console = out.console(output.json)
-    if plot is not None:
-        figures.check_kind(plot)
-        out.check_target(plot)
+    out.check_picture(plot)
+    out.check_targets(json=output.json, plot=plot)
     found = trainable(sets.load(data, data_dir=data_dir))
     config = config_of(options, found, seed)
     model = build(architecture_of(architecture, found), seed=config.seed)

@@ -60,7 +60,7 @@ def side_by_side(reports: Sequence[NetworkReport]) -> Table:
 
 def drawn(grid: Grid) -> Table:
     """Return the table for the terminal."""
-    made = table(grid.title, *grid.head)
+    made = table(escape(grid.title), *grid.head)
     for row, tone in zip(grid.rows, grid.tones or [""] * len(grid.rows), strict=True):
         made.add_row(*map(escape, row), style=tone or None)
     return made

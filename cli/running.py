@@ -102,10 +102,9 @@ def check(asked: Asked) -> None:
     for name in ("resume", "shard", "slurm"):
         if getattr(run, name) and run.out is None:
             raise InvalidInput(f"--{name} without --out", "the folder of the run", f"--{name} with --out FOLDER")
-    for name in ("time_limit", "sample_time_limit"):
-        seconds = getattr(run, name)
+    for option, seconds in (("time-limit", run.time_limit), ("sample-time-limit", run.sample_time_limit)):
         if seconds is not None and not 0 < seconds < math.inf:
-            raise InvalidInput(f"--{name.replace('_', '-')} {seconds:g}", "seconds > 0", "--time-limit 3600")
+            raise InvalidInput(f"--{option} {seconds:g}", "seconds > 0", f"--{option} 3600")
     if (run.shard or run.slurm) and any(getattr(asked.layers, name) is not None for name in _SHOWN):
         raise InvalidInput("--layer or --pixels with a part of a run", "a whole run", "certify merge, then --from")
     if run.slurm is not None and run.shard is not None:

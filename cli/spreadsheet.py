@@ -7,6 +7,7 @@ import io
 
 from analysis.records import NetworkReport, RadiusRow, Rate, Report
 from cli.overview import KNOWN, methods_of
+from cli.theme import fraction
 
 ENDS = ("", " low", " high")
 
@@ -35,7 +36,15 @@ def _line(network: NetworkReport, place: int, row: RadiusRow, methods: tuple[str
     rates = [found.clean, row.attacked, *(row.certified.get(method) for method in methods)]
     words: list[str] = [sample.outcomes[place].verdict for sample in found.samples]
     return [
-        *(network.name, network.source, network.parameters, found.norm, float(row.radius), row.radius, found.count),
+        *(
+            network.name,
+            network.source,
+            network.parameters,
+            found.norm,
+            float(row.radius),
+            fraction(row.radius),
+            found.count,
+        ),
         *(end for rate in rates for end in _ends(rate)),
         *(words.count(word) for word in KNOWN),
         *(found.arithmetic, found.seed),

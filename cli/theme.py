@@ -13,6 +13,9 @@ from analysis.records import Rate
 
 GOOD, WARN, BAD, DIM, NAME = "green", "yellow", "red", "dim", "bold"
 
+#: Signs of the longest fraction that is written out.
+LONGEST = 24
+
 #: Width of what is not printed to a terminal.
 PLAIN_WIDTH = 120
 
@@ -70,23 +73,41 @@ def span(ends: tuple[float, float]) -> str:
 
 
 def radius(value: Fraction) -> str:
-    """0.05 where that is exact and short, else 8/255."""
-    rest = value.denominator
-    for prime in (2, 5):
-        while rest % prime == 0:
-            rest //= prime
-    text = f"{float(value):.6g}"
-    return text if rest == 1 and Fraction(text) == value else str(value)
+    """0.05 where that is exact and short, else 8/255; 1e-400 where a fraction has no end."""
+    return _decimal(value) or _bounded(fraction(value), value)
+
+
+def fraction(value: Fraction) -> str:
+    """36/255 for what is a number of 255ths, else in lowest terms: exact."""
+    steps = value.denominator > 1 and 255 % value.denominator == 0
+    return f"{255 * value}/255" if steps else str(value)
 
 
 def share(value: Fraction) -> str:
-    """60, or 200/3: percent, exact."""
-    return radius(100 * value)
+    """60, or 200/3: percent, exact but for what is too long to read."""
+    return _decimal(100 * value) or _bounded(str(100 * value), 100 * value)
+
+
+def _decimal(value: Fraction) -> str:
+    """The number where six digits hold it exactly, else nothing."""
+    text = f"{float(value):.6g}"
+    return text if Fraction(text) == value else ""
+
+
+def _bounded(text: str, value: Fraction) -> str:
+    """The text where it is short, else twelve digits."""
+    decimal = (Decimal(value.numerator) / value.denominator).normalize()
+    return text if len(text) <= LONGEST else f"{decimal:.12g}".lower()
 
 
 def count(value: int) -> str:
     """166,406."""
     return f"{value:,}" if value else "-"
+
+
+def images(count: int) -> str:
+    """1 image, 200 images."""
+    return f"{count:,} image{'' if count == 1 else 's'}"
 
 
 def shape(value: tuple[int, ...]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from analysis.comparison import alike, compare
 from analysis.gates import GateResult
 from analysis.records import Evaluation, NetworkReport, PairedRow, RadiusRow, Rate, Report
-from cli.theme import percent, radius, rate, share
+from cli.theme import images, percent, radius, rate, share
 
 #: Intervals wider than this say little.
 WIDE = 0.1
@@ -35,7 +35,7 @@ LAYER_LEGEND = (
 def verdict(report: NetworkReport) -> Iterable[str]:
     """What was found about one network."""
     found = report.evaluation
-    yield f"{report.name} is right on {percent(found.clean.value)} of {found.count} images."
+    yield f"{report.name} is right on {percent(found.clean.value)} of {images(found.count)}."
     for row in found.rows:
         yield f"At radius {radius(row.radius)} {_between(row)}"
 
@@ -72,7 +72,7 @@ def cautions(report: Report) -> tuple[str, ...]:
         widest = max((rate.high - rate.low for rate in _rates(found)), default=0.0)
         if widest > WIDE:
             said.append(
-                f"{network.name} was measured on {found.count} images: the 95 % intervals are up to "
+                f"{network.name} was measured on {images(found.count)}: the 95 % intervals are up to "
                 f"{100 * widest:.0f} points wide."
             )
         late = sum(outcome.verdict == "timeout" for sample in found.samples for outcome in sample.outcomes)
@@ -111,7 +111,7 @@ def claim(result: GateResult) -> str:
 def measure(result: GateResult) -> str:
     """What a gate wanted and what was measured."""
     met = result.measured
-    return f"wanted at least {share(result.wanted)} %, measured {rate(met)} %: {met.count} of {met.total} images"
+    return f"wanted at least {share(result.wanted)} %, measured {rate(met)} %: {met.count} of {images(met.total)}"
 
 
 def judgement(results: Sequence[GateResult]) -> str:
@@ -136,6 +136,6 @@ def _difference(row: PairedRow, first: str, second: str) -> str:
     at = "" if row.radius is None else f" at radius {radius(row.radius)}"
     word = {"clean": "right", "attacked": "right after the attack", "certified": "certified"}[row.quantity]
     return (
-        f"{first} is {word}{at} on {row.first_only} images where {second} is not, and {second} on {row.second_only} "
+        f"{first} is {word}{at} on {images(row.first_only)} where {second} is not, and {second} on {row.second_only} "
         f"where {first} is not: more than chance."
     )

@@ -52,6 +52,8 @@ CASES = {
     "empty radius": ("report net --radius 0.1,,0.2", 2),
     "unknown norm": ("report net --norm l7", 2),
     "unknown method": ("report net --methods crown,gown", 2),
+    "a method twice": ("report net --methods ibp,crown,ibp", 2),
+    "an estimator twice": ("lipschitz net --methods product,product", 2),
     "unknown arithmetic": ("report net --arithmetic exact", 2),
     "unknown attack": ("attack net --attack bribe", 2),
     "an option that the attack lacks": ("attack net --attack fgsm --restarts 3", 2),
@@ -72,6 +74,15 @@ CASES = {
     "samples that are no number": ("report net --samples many", 2),
     "normalisation of a checkpoint": ("report net --mean 0.5 --std 0.5", 2),
     "json into a missing folder": ("report net --json none/out.json", 5),
+    "json into a folder": ("report net --json net", 5),
+    "json without a name": ("report net --json=", 5),
+    "two outputs in one file": ("report net --html a.out --markdown ./a.out", 2),
+    "a page and numbers in one file": ("compare net --html a.out --json a.out", 2),
+    "verdicts and numbers in one file": ("gate net --min-clean 0.5 --junit a.out --json a.out", 2),
+    "witnesses and numbers in one file": ("attack net --out a.out --json a.out", 2),
+    "a plot and numbers in one file": ("lr-find --plot a.svg --json a.svg", 2),
+    "a page over a run's manifest": ("report net --out run --resume --html run/manifest.json", 2),
+    "numbers over a shard": ("merge run --out merged --json run/records.jsonl", 2),
     "witnesses into a missing folder": ("attack net --out none/out.npz", 5),
     "a gate that wants nothing": ("gate net", 2),
     "a gate of NaN": ("gate net --min-certified nan", 2),
@@ -199,6 +210,9 @@ def plant(folder: Path) -> None:
     for name, line in (("logged", '{"epoch": 2, "gradi'), ("listing", "[]")):
         checkpoint(name, weights, text)
         (folder / name / "log.jsonl").write_text(f'{{"epoch": 1}}\n{line}')
+    (folder / "run").mkdir()
+    for name in ("records.jsonl", "manifest.json", "timings.jsonl"):
+        (folder / "run" / name).write_text("precious")
     (folder / "evil.pt").write_bytes(pickle.dumps(Evil()))
     torch.save({"0.weight": torch.ones(3, 3)}, folder / "other.pt")
     torch.save([torch.ones(3)], folder / "list.pt")
@@ -245,14 +259,32 @@ NAMED = {
     "train --method noise": "--set recipe.sigma=",
     "train --radius 0.1": "--method",
     "lr-find --data npz:labels.npz": "test images alone",
+    "report net --sample-time-limit nan": "try: --sample-time-limit 3600",
+    "report net --methods ibp,ibp": "ibp twice",
+    "report net --layer-radius 1e-400,36/255": "--layer-radius 1e-400,36/255",
+    "report net --html a.out --json a.out": "the target of --html",
+    "report --from run --html run/records.jsonl": "a file of the records",
+    "report --from run/records.jsonl --json run/../run/records.jsonl": "a file of the records",
+    "report --from run/records.jsonl --json run/timings.jsonl": "a file of the records",
 }
 
 
 @pytest.mark.parametrize("words", NAMED)
 def test_refusals_name_what_is_meant(words: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plant(folder)
+    before = snapshot(folder)
     assert main(words.split()) == 2
     assert NAMED[words] in capsys.readouterr().err
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("target", ["", "net"])
+def test_a_folder_is_told_to_be_one(target: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--html", "--json"):
+        assert main(["report", "net", option, target]) == 5
+        said = capsys.readouterr().err
+        assert "is a folder" in said
+        assert "mkdir" not in said
 
 
 def test_there_are_at_least_thirty() -> None:

@@ -74,13 +74,18 @@ def test_report_prints_and_writes_the_same_numbers(folder: Path, capsys: Capture
 
 def test_report_looks_into_a_layer_and_draws_pixels(folder: Path, capsys: Capture) -> None:
     words = "report net --radius 0.02 --samples 20 --layer-samples 8 --layer act1 --pixels map.svg --json out.json"
-    text = said(capsys, words)
+    text = said(capsys, f"{words} --out run")
     report = NetworkReport.from_dict(json.loads((folder / "out.json").read_text())["results"]["networks"][0])
     assert report.layers is not None
     (inside,) = (layer for layer in report.layers.neurons if layer.layer == "act1")
     assert f"Inside act1 (ReLU): 10 of {inside.total} neurons" in text
     assert theme.percent(inside.rows[0].share) in text
     assert (folder / "map.svg").read_bytes().startswith(b"<?xml")
+    said(capsys, "report --from run --layer linear2 --html a.html --markdown a.md")
+    said(capsys, "report --from run --html b.html")
+    assert "Inside linear2" in (folder / "a.html").read_text()
+    assert "Inside linear2" in (folder / "a.md").read_text()
+    assert "Inside linear2" not in (folder / "b.html").read_text()  # an exact layer
     for words in ("--layer encoder", "--layer act1 --no-layers", "--pixels map.bmp", "--pixels no/where.svg"):
         assert run(f"report net --samples 5 {words}") in (2, 5)
         assert len(capsys.readouterr().err.splitlines()) <= 3
@@ -336,6 +341,29 @@ def test_a_soundness_alarm_has_its_own_exit_code(
     assert len(list((folder / "alarms").glob("*.npz"))) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "files"),
+    [
+        ("gate net --min-clean 0.1 --samples 20 --steps 2 --junit j.xml", 0, {"j.xml"}),
+        ("gate net --min-clean 1 --samples 20 --steps 2 --junit j.xml --json j.json", 1, {"j.xml", "j.json"}),
+        ("attack net --samples 5 --steps 2 --json -", 0, set()),
+        ("attack net --attack bribe", 2, set()),
+        ("--version", 0, set()),
+    ],
+)
+def test_a_closed_pipe_loses_no_file_and_changes_no_exit_code(
+    folder: Path, words: str, code: int, files: set[str]
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "cli", *words.split()]
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=write, stderr=write, check=False)
+    os.close(write)
+    assert done.returncode == code
+    assert all((folder / name).is_file() for name in files)
+
+
 def test_internal_errors_are_short_too(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("planted")
@@ -445,4 +473,17 @@ def test_numbers_have_three_digits(value: float | None, text: str) -> None:
 
 
 def test_radii_keep_their_form() -> None:
-    assert [theme.radius(Fraction(word)) for word in ("2/255", "0.1", "1/3", "0")] == ["2/255", "0.1", "1/3", "0"]
+    forms = {
+        "2/255": "2/255",
+        "36/255": "36/255",
+        "1/3": "85/255",
+        "1/7": "1/7",
+        "0.1": "0.1",
+        "51/255": "0.2",
+        "0": "0",
+    }
+    assert {word: theme.radius(Fraction(word)) for word in forms} == forms
+    assert theme.radius(Fraction(1, 10**400)) == "1e-400"
+    assert theme.radius(Fraction("0.0313725490196")) == "0.0313725490196"
+    assert [theme.share(value) for value in (Fraction(2, 3), Fraction(1, 10**400))] == ["200/3", "1e-398"]
+    assert [theme.fraction(Fraction(word)) for word in ("36/255", "0.05", "2")] == ["36/255", "1/20", "2"]

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import html5lib
 import pytest
 import torch
+from reports import made_up
 
 from analysis import audit as auditing
+from analysis import curves, figures
 from analysis.audit import Audit
 from analysis.sandwich import Sandwich
 from analysis.smoothing import SmoothedAccuracy
 from certify.attacks import APGD, Ensemble
+from certify.errors import InvalidInput
 from cli import theme
+from cli.assessing import targets
 from cli.main import main
 from models import checkpoint
 from models.data import load
@@ -55,6 +61,29 @@ def test_compare_prints_what_it_writes(folder: Path, capsys: Capture) -> None:
     shutil.copytree(folder / "net", folder / "twin")
     both = said(capsys, words.replace("compare net", "compare net twin"))
     assert "Networks against each other" in both
+
+
+@pytest.mark.usefixtures("quick")
+def test_compares_files_hold_what_it_prints(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("certify.smoothing.Smoothing.count", 200, raising=False)
+    shutil.copytree(folder / "net", folder / "twin")
+    words = (
+        "compare net twin --samples 4 --norm l2 --radius 0.02,0.1 --attack apgd-ce --steps 3 --restarts 1 --sigma 0.2"
+    )
+    text = said(capsys, f"{words} --html page.html --markdown tables.md --plot curves.svg")
+    page, tables = (folder / "page.html").read_text(), (folder / "tables.md").read_text()
+    html5lib.HTMLParser(strict=True).parse(page)
+    for part in ("after APGD", "after all", "PROBABLE", "Networks against each other", "McNemar", "broken at"):
+        assert all(part in found for found in (text, page, tables))
+    assert "after PGD" not in text + page + tables
+    assert "No layer was measured" not in page
+    assert page.count("accuracy between attacks and proofs") == 2
+    assert b"after APGD" in figures.encoded(curves.sandwich_curves([_sandwich()]), "svg", transparent=True)
+
+
+def _sandwich() -> Sandwich:
+    found = made_up(("net",), 20, layers=0).networks[0].evaluation
+    return Sandwich("net", replace(found, attack="APGD(steps=3)"), found, "crown", ())
 
 
 @pytest.mark.usefixtures("quick")
@@ -99,6 +128,22 @@ def test_what_cannot_be_certified_can_be_attacked(folder: Path, capsys: Capture)
     assert "Adaptive" in text
     assert main(["report", "kwta", "--samples", "5", "--radius", "0.05"]) == 2
     assert len(capsys.readouterr().err.splitlines()) <= 3
+
+
+def test_networks_of_one_name_are_saved_apart(folder: Path, capsys: Capture) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(folder / "net", folder / name / "net")
+    said(capsys, "attack one/net two/net --radius 0.05 --samples 5 --steps 2 --out at.npz")
+    assert {path.name for path in folder.glob("*.npz")} == {"at-one-net.npz", "at-two-net.npz"}
+    (folder / "at-two-net.npz").unlink()
+    (folder / "at-two-net.npz").mkdir()
+    assert main(["attack", "one/net", "two/net", "--radius", "0.05", "--samples", "5", "--out", "at.npz"]) == 5
+    captured = capsys.readouterr()
+    assert "is a folder" in captured.err
+    assert captured.out == ""  # before anything is computed
+    assert main(["attack", "one/net", str(folder / "one/net"), "--samples", "5", "--out", "at.npz"]) == 0
+    with pytest.raises(InvalidInput):
+        targets(Path("at.npz"), ["a/net", "/a/net"])
 
 
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-t", "fmn", "deepfool", "square", "r-fgsm"])

@@ -8,16 +8,18 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
 
 import html5lib
 import pytest
 from reports import made_up
+from rich.console import Console
 
 from analysis.records import Outcome, Report
 from certify.errors import InvalidFile
-from cli import latex, markdown, page, spreadsheet, words
+from cli import latex, markdown, overview, page, render, spreadsheet, theme, words
 from cli.exports import TEXTS, check_files, write_files
 from cli.options import FileOptions
 
@@ -143,10 +145,46 @@ def test_csv_holds_both_ends_of_every_interval(report: Report) -> None:
     assert [row["radius exact"] for row in rows[:3]] == ["2/255", "1/20", "1/10"]
 
 
+def test_classes_name_their_network_and_fit_with_four_radii(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reports.RADII", tuple(Fraction(steps, 255) for steps in (2, 8, 16, 36)))
+    report = made_up(("one[red]", "two"), 60, layers=0)
+    console = Console(width=theme.PLAIN_WIDTH, file=io.StringIO(), color_system=None)
+    for network in report.networks:
+        with console.capture() as shown:
+            console.print(render.drawn(overview.classes(network)))
+        title, _, first, second, *_ = shown.get().splitlines()
+        assert f"Class by class: {network.name}," in title
+        assert first.split() == ["attacked", "proved"] * 4
+        assert second.split()[3:] == [radius for radius in ("2/255", "8/255", "16/255", "36/255") for _ in "ab"]
+        for text in (page.text(report), markdown.text(report)):
+            assert f"Class by class: {network.name}," in text.replace("\\", "")
+
+
+def test_radii_in_255ths_are_written_in_255ths(report: Report) -> None:
+    (network, _), at = report.networks, Fraction(36, 255)
+    rows = tuple(replace(row, radius=at) for row in network.evaluation.rows[:1])
+    samples = tuple(replace(s, outcomes=(replace(s.outcomes[0], radius=at),)) for s in network.evaluation.samples)
+    network = replace(network, evaluation=replace(network.evaluation, rows=rows, samples=samples))
+    for text in TEXTS.values():
+        found = text(replace(report, networks=(network,)))
+        assert "36/255" in found
+        assert "12/85" not in found
+
+
 def test_latex_has_a_row_per_network(report: Report) -> None:
     text = latex.text(report)
     body = text[text.index(r"\midrule") : text.index(r"\bottomrule")].splitlines()[1:]
     assert [line.split(" & ")[0] for line in body] == ["relu", "kaf"]
+    caption = next(line for line in text.splitlines() if line.startswith(r"\caption{"))
+    for word in (
+        "linf balls",
+        "PGD(steps=40, restarts=5)",
+        "float32-any-order",
+        "300 of 300 test images",
+        r"95 \% int",
+    ):
+        assert word in caption
+    assert caption.count("linf balls") == 1  # both networks were asked alike
     columns = text[text.index("{tabular}{") :].splitlines()[0].count("r") - 1
     assert all(line.count(" & ") == columns for line in body)
 
@@ -184,6 +222,16 @@ def test_what_lowers_trust_is_said(report: Report) -> None:
     assert words.cautions(made_up(("many",), 3000)) == ("a warning that was noted",)
 
 
+def test_one_image_is_no_images(report: Report) -> None:
+    single = made_up(("net",), 1)
+    (network,) = single.networks
+    assert network.layers is not None
+    single = replace(single, networks=(replace(network, layers=replace(network.layers, count=1)),))
+    for text in (page.text(single), markdown.text(single)):
+        assert "of 1 image." in text
+        assert not re.findall(r"\b1 images", text)
+
+
 def test_a_report_without_layers_classes_or_methods_is_rendered() -> None:
     bare = replace(made_up(("only",), 5, layers=0), course=None, warnings=())
     (network,) = bare.networks
@@ -197,8 +245,8 @@ def test_a_report_without_layers_classes_or_methods_is_rendered() -> None:
     bare = replace(bare, networks=(replace(network, evaluation=found),))
     strict(page.text(bare))
     assert "No layer was measured" in page.text(bare)
-    for render in TEXTS.values():
-        assert "nothing was certified" in render(bare) or render in (latex.text, spreadsheet.text)
+    for rendered in TEXTS.values():
+        assert "nothing was certified" in rendered(bare) or rendered in (latex.text, spreadsheet.text)
 
 
 def test_files_are_written_together_and_checked_before_the_work(report: Report, tmp_path: Path) -> None:

@@ -99,6 +99,25 @@ def test_a_run_is_shown_again_from_its_files_alone(
     assert [line for line in text.splitlines() if not line.startswith("time: ")] == without
 
 
+@pytest.mark.parametrize("asked", ["--layer act1", "--pixels x.svg"])
+def test_layers_that_records_do_not_hold_are_told(folder: Path, capsys: Capture, asked: str) -> None:
+    done(capsys, "report net --radius 0.02 --samples 4 --steps 2 --no-layers --out run")
+    assert main(f"report --from run {asked}".split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"{asked.split()[0]} with records that hold no layers of net" in captured.err
+    assert "--no-layers" in captured.err
+
+
+def test_a_layer_that_records_lack_is_told_before_anything_is_shown(folder: Path, capsys: Capture) -> None:
+    done(capsys, f"{SMALL} --out run")
+    assert main(["report", "--from", "run", "--layer", "nonsense", "--html", "page.html"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "act1" in captured.err
+    assert not (folder / "page.html").exists()
+
+
 @pytest.mark.parametrize("path", ["absent", "net", "net/model.json", "net/model.safetensors"])
 def test_what_holds_no_records_is_told(folder: Path, capsys: Capture, path: str) -> None:
     assert main(["report", "--from", path]) == 5
