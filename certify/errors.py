@@ -60,7 +60,7 @@ class SoundnessAlarm(CertifyError):
 def unknown_name(kind: str, name: object, known: object) -> InvalidInput:
     """Return the error for a name that no registry knows, listing the names it knows."""
     names = ", ".join(sorted(str(item) for item in known)) if hasattr(known, "__iter__") else str(known)
-    return InvalidInput(f"unknown {kind} {name!r}", f"one of {names}", f"pick a {kind} from that list")
+    return InvalidInput(f"unknown {kind} {name!r}", f"one of {names}", "pick one from that list")
 
 
 def require_siblings(*packages: str) -> None:
