@@ -45,6 +45,8 @@ def begun(folder: Path, words: str, units: int = 2) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell's background jobs ignore Ctrl-C, and so would what they start: the tests may be one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     end, file = time.monotonic() + 60, folder / "run" / RECORDS
     while not (file.is_file() and file.read_bytes().count(b'"kind":') >= 2 + 3 * units):
