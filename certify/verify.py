@@ -17,6 +17,7 @@ from certify.propagate.methods import BoundMethod, resolve_method
 from certify.results import Certificate, Verdict
 from certify.rounding import EXCLUSIONS, Arithmetic, FloatAnyOrder, ieee, resolve_arithmetic
 from certify.sets import Clip, LpBall, PerturbationSet
+from certify.shapes import beside
 from certify.specs import Spec, class_margins
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def prove(
         Verdict.VIOLATED if bad else Verdict.HOLDS if good else Verdict.UNKNOWN
         for bad, good in zip(broken.tolist(), holds.tolist(), strict=True)
     ]
-    points = torch.where(broken.view(-1, *[1] * len(domain.shape)), witness, torch.nan)
+    points = torch.where(beside(broken, witness), witness, torch.nan)
     return Certificate(
         verdicts,
         Interval(lower, upper),

@@ -102,7 +102,7 @@ def wrong_dual_exponent(patch: Patch) -> None:
 
 @mutant(check.clipped_balls)
 def no_radius_in_support(patch: Patch) -> None:
-    patch.setattr("certify.sets.l2_dual", lambda magnitude, cap, radius: torch.zeros_like(radius))
+    patch.setattr("certify.sets.ball.l2_dual", lambda magnitude, cap, radius: torch.zeros_like(radius))
 
 
 @mutant(check.clipped_balls)

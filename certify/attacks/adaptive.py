@@ -20,12 +20,12 @@ from torch.nn import functional as F
 
 from certify.attacks.base import Attack, Objective
 from certify.attacks.pgd import PGD
-from certify.attacks.shapes import beside
 from certify.attacks.worst import Worst
 from certify.draws import Draws
 from certify.errors import InvalidInput
 from certify.registry import ACTIVATIONS, lookup, register_attack
 from certify.sets import PerturbationSet
+from certify.shapes import beside
 from certify.specs import Spec
 
 #: Smooth functions whose slopes may stand in for an activation's.

@@ -12,12 +12,12 @@ from torch import Tensor
 from certify.attacks.base import Attack, Objective
 from certify.attacks.losses import LOSSES, Loss
 from certify.attacks.points import Points, climb_all
-from certify.attacks.shapes import beside
 from certify.attacks.worst import Worst
 from certify.draws import Draws
 from certify.errors import InvalidInput
 from certify.registry import lookup, register_attack
 from certify.sets import PerturbationSet
+from certify.shapes import beside
 from certify.specs import Spec
 
 #: Weight of a step's own direction; the rest goes on as the step before.

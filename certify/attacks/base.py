@@ -13,13 +13,13 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
 from certify.attacks.losses import Loss
-from certify.attacks.shapes import beside
 from certify.draws import Draws, Source
 from certify.errors import InvalidInput, InvalidModel
 from certify.memory import is_shortage
 from certify.results import AttackResult
 from certify.rounding import ieee
 from certify.sets import PerturbationSet
+from certify.shapes import beside
 from certify.specs import Spec
 
 

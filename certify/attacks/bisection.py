@@ -10,9 +10,9 @@ from torch import Tensor
 
 from certify.attacks.base import Attack, Objective
 from certify.attacks.nearest import clearly_broken
-from certify.attacks.shapes import beside
 from certify.draws import Draws
 from certify.sets import PerturbationSet
+from certify.shapes import beside
 from certify.specs import Spec
 
 

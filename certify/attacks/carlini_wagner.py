@@ -11,11 +11,11 @@ from torch import Tensor
 from certify.attacks.base import Attack, Objective
 from certify.attacks.losses import LOSSES
 from certify.attacks.nearest import Nearest, ball_of
-from certify.attacks.shapes import beside
 from certify.draws import Draws
 from certify.errors import InvalidInput
 from certify.registry import register_attack
 from certify.sets import LpBall, PerturbationSet
+from certify.shapes import beside
 from certify.specs import Spec
 
 #: Decay rates and guard of Adam (Kingma, Ba 2015).

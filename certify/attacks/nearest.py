@@ -8,9 +8,9 @@ from torch import Tensor
 
 from certify.attacks.base import Objective
 from certify.attacks.losses import LOSSES
-from certify.attacks.shapes import beside
 from certify.errors import InvalidInput
 from certify.sets import LpBall, PerturbationSet
+from certify.shapes import beside
 from certify.specs import Spec
 
 #: Rounding errors of the model's precision, relative to the largest row, by which a row must be below 0.

@@ -14,12 +14,12 @@ from certify.attacks.annealing import annealed
 from certify.attacks.base import Attack, Objective
 from certify.attacks.losses import LOSSES, Loss
 from certify.attacks.points import Points, climb_all
-from certify.attacks.shapes import beside
 from certify.attacks.worst import Worst
 from certify.draws import Draws
 from certify.errors import InvalidInput
 from certify.registry import lookup, register_attack
 from certify.sets import PerturbationSet
+from certify.shapes import beside
 from certify.specs import Spec
 
 

@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from certify.attacks.base import Attack, Objective
-from certify.attacks.shapes import beside
 from certify.draws import Draws
 from certify.errors import InvalidInput
 from certify.registry import register_attack
 from certify.sets import PerturbationSet
+from certify.shapes import beside
 from certify.specs import Spec
 
 #: Of 10,000 queries, those after which the squares' area halves once more.

@@ -19,6 +19,7 @@ from certify.lipschitz.power import attained
 from certify.registry import register_estimator
 from certify.results import LipschitzEstimate
 from certify.sets import PerturbationSet
+from certify.shapes import beside
 from certify.specs import Spec
 
 #: Points are drawn back by this share towards their random start: off kinks and off the faces of the domain.
@@ -82,16 +83,16 @@ class _Climb:
         noise = torch.randn(self.x.shape, generator=generator, dtype=torch.float64, device=generator.device)
         direction = self.direction if follow else noise.to(self.x.device)
         length = direction.flatten(1).abs().amax(1).clamp(min=1e-300)
-        trial = self.x + direction * _column(self.reach / length, self.x)
+        trial = self.x + direction * beside(self.reach / length, self.x)
         if self.domain is not None:
             trial = self.domain.project(trial)
         trial = trial + _INWARD * (self.origin - trial)
         norms, directions = self._norms(trial)
         self.best = torch.fmax(self.best, norms)
         better = norms.amax(1) > self.norms.amax(1)
-        self.x = torch.where(_column(better, trial), trial, self.x)
+        self.x = torch.where(beside(better, trial), trial, self.x)
         self.norms = torch.where(better[:, None], norms, self.norms)
-        self.direction = torch.where(_column(better, trial), directions, -self.direction)
+        self.direction = torch.where(beside(better, trial), directions, -self.direction)
         self.reach = torch.where(better, self.reach, self.reach * 0.7)
 
     def _norms(self, x: Tensor) -> tuple[Float64[Tensor, "n quantities"], Tensor]:
@@ -106,7 +107,7 @@ class _Climb:
         strongest = slopes[torch.arange(len(x)), slopes.abs().sum(2).argmax(1)].view_as(x)
         uphill = torch.zeros_like(x) if uphill is None else uphill.nan_to_num(nan=0.0)
         flat = (uphill == 0).flatten(1).all(1)
-        return norms.detach().nan_to_num(nan=0.0), torch.where(_column(flat, x), strongest, uphill)
+        return norms.detach().nan_to_num(nan=0.0), torch.where(beside(flat, x), strongest, uphill)
 
 
 def _derivative(top: Tensor, x: Tensor) -> Tensor | None:
@@ -164,7 +165,7 @@ def _starts(question: Question, n: int, generator: torch.Generator) -> Float64[T
         return domain.sample(n, generator).transpose(0, 1).flatten(0, 1).to(graph.device)
     draws = torch.randn((n, *graph.input_shape), generator=generator, dtype=torch.float64, device=generator.device)
     sizes = torch.tensor([0.1, 0.3, 1.0, 3.0], dtype=torch.float64).repeat(n // 4 + 1)[:n]
-    return (draws * _column(sizes.to(draws.device), draws)).to(graph.device)
+    return (draws * beside(sizes.to(draws.device), draws)).to(graph.device)
 
 
 def claims(spec: Spec | None, points: int, starts: int, domain: PerturbationSet | None) -> Tensor | None:
@@ -183,8 +184,3 @@ def _owners(batch: int, points: int) -> Tensor:
 def _half_width(domain: PerturbationSet | None) -> Tensor:
     assert domain is not None
     return (domain.hull.width / 2).flatten(1).amax(1)
-
-
-def _column(v: Tensor, x: Tensor) -> Tensor:
-    """Per-point values in a shape that broadcasts against x."""
-    return v.view(-1, *[1] * (x.ndim - 1))

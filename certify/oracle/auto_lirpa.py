@@ -29,6 +29,7 @@ from certify.oracle.custom import OPERATION, bound_class, with_stand_ins
 from certify.registry import register_method
 from certify.rounding import Arithmetic, Real
 from certify.sets import LpBall, PerturbationSet
+from certify.shapes import beside
 from certify.specs import Spec
 
 METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown")
@@ -194,7 +195,7 @@ def _perturbed(package: types.ModuleType, domain: PerturbationSet, method: str) 
 
 def _whole(ball: LpBall) -> bool:
     """Whether the data range cuts nothing off the ball."""
-    radius = ball.radius.view(-1, *[1] * (ball.center.ndim - 1))
+    radius = beside(ball.radius, ball.center)
     center = ball.center.double()
     return bool((ball.hull.lower <= center - radius).all() & (ball.hull.upper >= center + radius).all())
 

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from certify.attacks.annealing import annealed
 from certify.attacks.base import evaluating
+from certify.shapes import beside
 from models.training.recipe import CLIP, Threat
 
 #: A loss to be raised, from logits.
@@ -96,4 +97,4 @@ def attacked(model: nn.Module, statistics: str) -> Iterator[None]:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return x.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, *[1] * (x.ndim - 1))
+    return beside(x.flatten(1).norm(dim=1).clamp(min=1e-12), x)
