@@ -36,7 +36,7 @@ def case(activation: str, name: str) -> dict[str, Any]:
     from certify.rounding import Real
     from models import mlp
     from models.data import load
-    from models.training import train
+    from models.training import Engine, TrainConfig, train
 
     torch.set_num_threads(1)
     data = load("digits")

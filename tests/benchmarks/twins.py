@@ -29,7 +29,7 @@ def case(activation: str) -> dict[str, object]:
     import certify
     from models import cnn
     from models.data import load, subset
-    from models.training import train
+    from models.training import Engine, Fast, Optimizer, TrainConfig, train
 
     torch.set_num_threads(1)
     assert SHARED is not None
