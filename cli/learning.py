@@ -52,6 +52,15 @@ class ArchitectureOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """What to train on."""
+
+    data: Annotated[str, typer.Option(metavar="NAME", help="digits, mnist, ... (see `certify ops`).")] = "digits"
+    data_dir: Annotated[Path | None, typer.Option(metavar="FOLDER", help="torchvision's root folder.")] = None
+    download: Annotated[bool, typer.Option("--download", help="Fetch the data if it is not there.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """How to train: a config file, and options that go before it."""
 
@@ -78,6 +87,9 @@ class RunOptions:
     patience: Annotated[
         int | None, typer.Option(metavar="N", help="Stop after N epochs without a better validation score.")
     ] = None
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MOST_SEED, metavar="N", help="Decides everything random [0].")
+    ] = None
 
 
 #: Where the options above stand in a config; the others have their own name there.
@@ -98,12 +110,7 @@ PLACES = {
 def train(
     architecture: ArchitectureOptions,
     options: RunOptions,
-    data: Annotated[str, typer.Option(metavar="NAME", help="digits, mnist, ... (see `certify ops`).")] = "digits",
-    data_dir: Annotated[Path | None, typer.Option(metavar="FOLDER", help="torchvision's root folder.")] = None,
-    download: Annotated[bool, typer.Option("--download", help="Fetch the data if it is not there.")] = False,
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=MOST_SEED, metavar="N", help="Decides everything random [0].")
-    ] = None,
+    source: SourceOptions,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="The checkpoint [runs/DATA-ARCH-ACT].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out exactly.")] = False,
 ) -> None:
@@ -112,15 +119,14 @@ def train(
     The best weights by validation become a checkpoint, after every epoch; Ctrl-C keeps them, --resume continues.
     """
     from cli.output import console as open_console
-    from models import data as sets
     from models.networks import build
     from models.training import launched
 
     console = open_console()
-    found = trainable(sets.load(data, data_dir=data_dir, download=download))
-    chosen = config_of(options, found, seed)
+    found = data_of(source)
+    chosen = config_of(options, found)
     model = build(architecture_of(architecture, found), seed=chosen.seed)
-    place = out or Path("runs") / f"{data.rpartition('/')[2]}-{architecture.arch}-{architecture.activation}"
+    place = out or Path("runs") / f"{source.data.rpartition('/')[2]}-{architecture.arch}-{architecture.activation}"
     _check_place(place, resume)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
@@ -194,6 +200,13 @@ def recipe_words(config: TrainConfig) -> str:
     return f"{config.recipe.name} training{against}"
 
 
+def data_of(options: SourceOptions) -> Dataset:
+    """Return the data set that the options name, which must have images to train on."""
+    from models import data as sets
+
+    return sets.trainable(sets.load(options.data, data_dir=options.data_dir, download=options.download))
+
+
 def architecture_of(options: ArchitectureOptions, found: Dataset) -> dict[str, Any]:
     """Return the architecture that the options name, for that data."""
     from cli.parsing import integers
@@ -209,7 +222,7 @@ def architecture_of(options: ArchitectureOptions, found: Dataset) -> dict[str, A
     return architecture(options.arch, found.input_shape, found.classes, options.activation, hidden=hidden, **given)
 
 
-def config_of(options: RunOptions, found: Dataset, seed: int | None) -> TrainConfig:
+def config_of(options: RunOptions, found: Dataset) -> TrainConfig:
     """Return the config of the file, changed by ``--set`` and by the options that were given, in this order."""
     from models.training.config import TrainConfig, load_toml
 
@@ -218,21 +231,8 @@ def config_of(options: RunOptions, found: Dataset, seed: int | None) -> TrainCon
     for name, value in vars(options).items():
         if name not in ("config", "set") and value is not None:
             put(tables, PLACES.get(name, name), value)
-    if seed is not None:
-        tables["seed"] = seed
     tables.setdefault("epochs", FEW_EPOCHS if len(found.train_x) > LARGE else MANY_EPOCHS)
     return TrainConfig.from_dict(tables)
-
-
-def trainable(found: Dataset) -> Dataset:
-    """Return the data set; raises ``InvalidInput`` where it has test images alone."""
-    from certify.errors import InvalidInput
-
-    if len(found.train_x) == 0 or len(found.val_x) == 0:
-        raise InvalidInput(
-            f"{found.name} has test images alone", "training and validation images", "train_images in the file"
-        )
-    return found
 
 
 def _check_place(place: Path, resume: bool) -> None:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from cli.learning import ArchitectureOptions, RunOptions
-from cli.options import MOST_SEED, OutputOptions
+from cli.learning import ArchitectureOptions, RunOptions, SourceOptions
+from cli.options import OutputOptions
 
 #: Rows of the printed curve.
 ROWS = 12
@@ -17,15 +17,11 @@ ROWS = 12
 def lr_find(
     architecture: ArchitectureOptions,
     options: RunOptions,
+    source: SourceOptions,
     output: OutputOptions,
-    data: Annotated[str, typer.Option(metavar="NAME", help="digits, mnist, ... (see `certify ops`).")] = "digits",
-    data_dir: Annotated[Path | None, typer.Option(metavar="FOLDER", help="torchvision's root folder.")] = None,
     low: Annotated[float, typer.Option(metavar="RATE", help="The first rate.")] = 1e-5,
     high: Annotated[float, typer.Option(metavar="RATE", help="The last rate.")] = 1.0,
     tries: Annotated[int, typer.Option(metavar="N", help="Steps from one to the other.")] = 100,
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=MOST_SEED, metavar="N", help="Decides everything random [0].")
-    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the curve: .svg, .png or .pdf.")] = None,
 ) -> None:
     """Find the learning rate: the loss while the rate grows.
@@ -35,17 +31,16 @@ def lr_find(
     """
     from analysis import figures
     from cli import output as out
-    from cli.learning import architecture_of, config_of, recipe_words, trainable
+    from cli.learning import architecture_of, config_of, data_of, recipe_words
     from cli.theme import number, table
-    from models import data as sets
     from models.networks import build
     from models.training import find_rate
 
     console = out.console(output.json)
     out.check_picture(plot)
     out.check_targets(json=output.json, plot=plot)
-    found = trainable(sets.load(data, data_dir=data_dir))
-    config = config_of(options, found, seed)
+    found = data_of(source)
+    config = config_of(options, found)
     model = build(architecture_of(architecture, found), seed=config.seed)
     curve = find_rate(model, found, config, low=low, high=high, steps=tries)
     shown = table("Loss while the learning rate grows", "rate", "loss")
@@ -59,5 +54,5 @@ def lr_find(
     )
     if plot is not None:
         console.print(f"plot: {figures.save(figures.rate_curve(curve), plot)}", soft_wrap=True)
-    given = out.arguments(architecture, options, data=data, low=low, high=high, tries=tries, seed=config.seed)
+    given = out.arguments(architecture, options, source, low=low, high=high, tries=tries, seed=config.seed)
     out.publish(output.json, "lr-find", given, curve.to_dict())

@@ -42,13 +42,12 @@ def sweep(
     from analysis.summary import summarise
     from analysis.sweep import load_sweep, run
     from cli import output as writer
-    from cli.learning import trainable
     from models import data as sets
     from models.files import write
 
     console = writer.console(output.json)
     plan = load_sweep(file, assignments(set_ or ()) | ({} if data is None else {"data": data}))
-    found = _fewer(trainable(sets.load(plan.data, data_dir=data_dir)), images)
+    found = _fewer(sets.trainable(sets.load(plan.data, data_dir=data_dir)), images)
     folder = out or Path("sweeps") / Path(file).stem
     cells = plan.cells
     console.print(

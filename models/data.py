@@ -52,6 +52,17 @@ class Dataset:
         return tensor_digest({name: value for name, value in vars(self).items() if isinstance(value, Tensor)})
 
 
+def trainable(data: Dataset) -> Dataset:
+    """Return the data set. Raises ``InvalidInput`` where it has test images alone."""
+    if len(data.train_x) == 0 or len(data.val_x) == 0:
+        raise InvalidInput(
+            f"{data.name} has test images alone, no training images",
+            "training and validation images",
+            "train_images in the file",
+        )
+    return data
+
+
 def load(name: str, *, data_dir: str | Path | None = None, download: bool = False) -> Dataset:
     """Return a data set by name: digits, mnist, fashion-mnist, cifar10, or npz:PATH.
 

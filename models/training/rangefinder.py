@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from certify.errors import InvalidInput
 from models.data import Dataset
 from models.training.config import TrainConfig
-from models.training.loop import Run, batches, device_of, require_trainable, seeded
+from models.training.loop import device_of, require_trainable, seeded
+from models.training.run import Run, batches
 
 
 @dataclass(frozen=True)

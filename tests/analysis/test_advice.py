@@ -89,4 +89,4 @@ def test_advice_can_be_followed_literally(row: LayerRow, slope: float) -> None:
         weight_decay=float(given["--weight-decay"]) if "--weight-decay" in given else None,
     )
     assert set(given) <= {"--method", "--radius", "--norm", "--weight-decay"}
-    config_of(options, load("digits"), None)  # refuses names and values that it does not know
+    config_of(options, load("digits"))  # refuses names and values that it does not know

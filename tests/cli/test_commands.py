@@ -282,7 +282,7 @@ def test_sweep_prints_a_table_and_goes_on(folder: Path, capsys: Capture) -> None
 def test_an_interrupted_training_says_what_is_saved(
     folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from models.training.loop import Run
+    from models.training.run import Run
 
     epoch = Run.epoch
 
@@ -301,7 +301,7 @@ def test_an_interrupted_training_says_what_is_saved(
 def test_what_was_done_about_overfitting_is_what_was_done(
     folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, answer: str
 ) -> None:
-    monkeypatch.setattr("models.training.loop.overfits", lambda record: record.epoch == 2)
+    monkeypatch.setattr("models.training.run.overfits", lambda record: record.epoch == 2)
     words = "train --hidden 4 --method fast --radius 0.1 --set watch.overfitting={} --epochs {} --out {}"
     last = " ".join(said(capsys, words.format(answer, 2, "last")).split())
     assert "overfitting after epoch 2" in last

@@ -35,8 +35,9 @@ from models.training import (
     find_rate,
     train,
 )
-from models.training.loop import batches, require_trainable
+from models.training.loop import require_trainable
 from models.training.records import overfits
+from models.training.run import batches
 from models.training.validation import PROBE, accuracy, certified_accuracy, robust_accuracy
 
 
@@ -240,7 +241,7 @@ def test_catastrophic_overfitting_is_told_from_an_honest_gap(
 def test_the_watch_answers_overfitting(
     answer: str, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.training.loop.overfits", lambda record: record.epoch == 2)
+    monkeypatch.setattr("models.training.run.overfits", lambda record: record.epoch == 2)
     config = TrainConfig(epochs=4, batch=100, recipe=Fast(radius=0.05), watch=Watch(overfitting=answer))
     result = train(network(), digits, config, directory=tmp_path / "one")
     assert result.overfitted == (2,)
@@ -258,7 +259,7 @@ def test_the_watch_answers_overfitting(
 @pytest.mark.parametrize("name", ["pgd", "ibp", "standard"])
 def test_only_single_steps_are_watched(name: str, digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the radius of a certified recipe grows, its accuracy under attack may fall: no overfitting."""
-    monkeypatch.setattr("models.training.loop.overfits", lambda record: record.val_step is not None)
+    monkeypatch.setattr("models.training.run.overfits", lambda record: record.val_step is not None)
     recipe = Standard() if name == "standard" else RECIPES[name](radius=0.05)
     assert train(network(), digits, TrainConfig(epochs=2, batch=150, recipe=recipe)).overfitted == ()
 
@@ -327,7 +328,7 @@ def test_a_folder_that_cannot_be_written_is_told_in_three_lines(
 ) -> None:
     """And before the first epoch, not after it."""
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr("models.training.loop.Run.epoch", lambda _: pytest.fail("trained"))
+    monkeypatch.setattr("models.training.run.Run.epoch", lambda _: pytest.fail("trained"))
     with pytest.raises(InvalidFile, match="cannot write") as error:
         train(network(), digits, TrainConfig(epochs=1), directory=tmp_path / "file")
     assert len(str(error.value).splitlines()) == 3
